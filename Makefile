@@ -1,0 +1,83 @@
+# Every habit of this repository. Paths stay relative, so the folder may have a space in its name.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+UV := .bootstrap/bin/uv
+PACKAGES := api workers backchannel
+LOCKS := requirements.txt requirements-dev.txt requirements-bootstrap.txt
+
+# The project itself goes in second, without network: hash mode refuses `-e .`.
+define sync
+$(UV) pip sync --quiet --require-hashes --compile-bytecode --python .venv $(1)
+PYTHONPATH=.bootstrap $(UV) pip install --quiet --offline --no-deps --no-build-isolation \
+	--python .venv --editable .
+endef
+
+.PHONY: help install run up test check format lock clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  ARGS="…" is passed on by run, up, test and lock; PYTHON=… chooses the interpreter.'
+
+install: .venv/.runtime ## Install what Backchannel needs to run into .venv
+
+run: .venv/.runtime ## Run the example prompts and watch them: make run ARGS="--in-order"
+	$(BIN)/backchannel run examples/prompts.jsonl $(ARGS)
+
+up: .venv/.runtime ## Start broker, API, worker and Flower in one terminal
+	$(BIN)/backchannel up $(ARGS)
+
+test: .venv/.dev ## Run the tests: make test ARGS="-k stream -n 0"
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: .venv/.dev ## Format, lint, types, import arrows, unused dependencies, lock files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry $(PACKAGES)
+	@if grep -nE '://|^-| @ |[ (]/' $(LOCKS); then echo 'A lock file carries an address or a path.' >&2; exit 1; fi
+
+format: .venv/.dev ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: .bootstrap/.done ## Write the lock files anew from pyproject.toml: make lock ARGS=--upgrade
+	$(call compile,requirements.txt,pyproject.toml)
+	$(call compile,requirements-dev.txt,pyproject.toml --group dev)
+	$(call compile,requirements-bootstrap.txt,--group bootstrap)
+
+define compile
+$(UV) pip compile --quiet --universal --generate-hashes --no-header $(ARGS) --output-file $(1) $(2)
+endef
+
+clean: ## Remove environments and caches; your jobs in .backchannel stay
+	rm -rf .venv .bootstrap dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A plain Debian has no venv module and lets pip write into a --target only: uv does the rest.
+.bootstrap/.done: requirements-bootstrap.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Backchannel needs Python 3.11 or newer: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
+	@echo 'Installing the installer (uv) into .bootstrap'
+	@rm -rf .bootstrap
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --root-user-action=ignore \
+		--require-hashes --target .bootstrap -r requirements-bootstrap.txt
+	@touch $@
+
+.venv/.made: .bootstrap/.done
+	@$(UV) venv --quiet --clear --no-project --python "$$(command -v $(PYTHON))" .venv
+	@touch $@
+
+# The development lock holds everything of the runtime lock: once it is in, it stays in.
+.venv/.runtime: .venv/.made requirements.txt pyproject.toml
+	@echo 'Installing Backchannel into .venv'
+	@$(call sync,$(if $(wildcard .venv/.dev),requirements-dev.txt,requirements.txt))
+	@touch $@
+
+.venv/.dev: .venv/.made requirements-dev.txt pyproject.toml
+	@echo 'Installing Backchannel and its development tools into .venv'
+	@$(call sync,requirements-dev.txt)
+	@touch .venv/.runtime $@
