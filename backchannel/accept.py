@@ -1,0 +1,179 @@
+"""Accept: a job, its request and its session's turns become rows, or nothing does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Insert, and_, bindparam, case, insert, literal, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from backchannel.books import Doorbell
+from backchannel.errors import Conflict, NotFound
+from backchannel.lifecycle import NOW, new_id
+from backchannel.tables import INTERACTIVE, QUEUED, jobs, requests, sessions, turns
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What the API accepted, checked and resolved."""
+
+    caller: str
+    lane: str
+    provider: str
+    model: str
+    requested_model: str | None
+    model_reason: str
+    messages: list[dict[str, Any]]
+    parameters: dict[str, Any]
+    request_hash: str
+    deadline_s: float
+    stream: bool = True
+    idempotency_key: str | None = None
+    session_id: str | None = None
+    parent_id: str | None = None
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+class Accepted(NamedTuple):
+    """The committed job, whether this call made it, and the doorbell to ring, if any."""
+
+    job_id: str
+    created: bool
+    doorbell: Doorbell | None
+
+
+_values = {
+    "id": bindparam("job"),
+    **{
+        name: bindparam(f"new_{name}")
+        for name in (
+            "caller", "lane", "provider", "model", "requested_model", "model_reason",
+            "request_hash", "stream", "idempotency_key", "session_id", "parent_id", "meta",
+        )
+    },
+    "state": literal(QUEUED),
+    "created_ms": NOW,
+    "run_ms": NOW,
+    "deadline_ms": NOW + bindparam("deadline_in_ms"),
+    "rung_ms": case((bindparam("ring") == True, NOW), else_=None),  # noqa: E712
+    "rank": literal(1),
+    "attempt": literal(0),
+    "retries": literal(0),
+    "crashes": literal(0),
+}  # fmt: skip
+_INSERT_JOB: dict[str, Insert] = {
+    "sqlite": sqlite.insert(jobs).values(_values).on_conflict_do_nothing().returning(jobs.c.id),
+    "postgresql": postgresql.insert(jobs)
+    .values(_values)
+    .on_conflict_do_nothing()
+    .returning(jobs.c.id),
+}
+_SAME_KEY = select(jobs.c.id, jobs.c.request_hash).where(
+    jobs.c.caller == bindparam("who"), jobs.c.idempotency_key == bindparam("key")
+)
+_switching = and_(
+    bindparam("switch") == True,  # noqa: E712
+    (sessions.c.model != bindparam("to_model")) | (sessions.c.provider != bindparam("to_provider")),
+)
+_ENTER_SESSION = (
+    update(sessions)
+    .where(sessions.c.id == bindparam("session"), sessions.c.caller == bindparam("who"))
+    .values(
+        last_seq=sessions.c.last_seq + bindparam("room"),
+        provider=case((_switching, bindparam("to_provider")), else_=sessions.c.provider),
+        model=case((_switching, bindparam("to_model")), else_=sessions.c.model),
+        model_version=sessions.c.model_version + case((_switching, 1), else_=0),
+        updated_ms=NOW,
+    )
+    .returning(sessions.c.last_seq, sessions.c.provider, sessions.c.model)
+)
+_PLACE_IN_SESSION = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("job"))
+    .values(
+        session_seq=bindparam("seq"), provider=bindparam("in_provider"), model=bindparam("in_model")
+    )
+)
+
+
+def accept(connection: Connection, new: NewJob) -> Accepted:
+    """Write a job, its request and its session's turns; the caller may have the id once committed.
+
+    A job whose request names a model switches its session to it; one that names none takes the
+    session's model of this moment.
+
+    Raises:
+        Conflict: The idempotency key was used for another request.
+        NotFound: No such session for this caller.
+    """
+    job_id = new_id("job")
+    # a session's job waits for the turn before it, and a batch for the dispatcher's window
+    ring = new.lane == INTERACTIVE and new.session_id is None
+    row = {
+        "job": job_id,
+        "new_caller": new.caller,
+        "new_lane": new.lane,
+        "new_provider": new.provider,
+        "new_model": new.model,
+        "new_requested_model": new.requested_model,
+        "new_model_reason": new.model_reason,
+        "new_request_hash": new.request_hash,
+        "new_stream": new.stream,
+        "new_idempotency_key": new.idempotency_key,
+        "new_session_id": new.session_id,
+        "new_parent_id": new.parent_id,
+        "new_meta": new.meta,
+        "deadline_in_ms": int(new.deadline_s * 1000),
+        "ring": ring,
+    }
+    if connection.execute(_INSERT_JOB[connection.dialect.name], row).first() is None:
+        same = connection.execute(_SAME_KEY, {"who": new.caller, "key": new.idempotency_key}).one()
+        if same.request_hash != new.request_hash:
+            raise Conflict(
+                "This Idempotency-Key was used for another request. Use a new key for a new body.",
+                code="idempotency_mismatch",
+            )
+        return Accepted(same.id, created=False, doorbell=None)
+    connection.execute(
+        insert(requests),
+        {"job_id": job_id, "messages": new.messages, "parameters": new.parameters},
+    )
+    if new.session_id is not None:
+        _enter_session(connection, job_id, new)
+    bell = Doorbell(job_id, new.lane, f"{new.provider}:{new.model}", 1) if ring else None
+    return Accepted(job_id, created=True, doorbell=bell)
+
+
+def _enter_session(connection: Connection, job_id: str, new: NewJob) -> None:
+    room = len(new.messages) + 1  # the last place is the answer's
+    session = connection.execute(
+        _ENTER_SESSION,
+        {
+            "session": new.session_id,
+            "who": new.caller,
+            "room": room,
+            "switch": new.requested_model is not None,
+            "to_provider": new.provider,
+            "to_model": new.model,
+        },
+    ).first()
+    if session is None:
+        raise NotFound(f"There is no session '{new.session_id}'.", param="session")
+    first = session.last_seq - room + 1
+    connection.execute(
+        _PLACE_IN_SESSION,
+        {"job": job_id, "seq": first, "in_provider": session.provider, "in_model": session.model},
+    )
+    connection.execute(
+        insert(turns).values(created_ms=NOW),
+        [
+            {
+                "session_id": new.session_id,
+                "seq": first + offset,
+                "job_id": job_id,
+                "message": message,
+            }
+            for offset, message in enumerate(new.messages)
+        ],
+    )

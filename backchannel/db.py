@@ -1,0 +1,265 @@
+"""The database: engines, one writer thread with group commit, and migrations before first use."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+from sqlalchemy import BigInteger, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from backchannel.errors import SetupError, Unavailable
+
+log = structlog.get_logger()
+T = TypeVar("T")
+Work = Callable[[Connection], T]
+
+# Rows of one group commit; past a few hundred a larger commit only delays its first row.
+MAX_GROUP = 500
+BUSY_S = 10.0
+
+
+class now_ms(FunctionElement[int]):
+    """The database's clock in milliseconds: the server's on PostgreSQL, the host's on SQLite."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(now_ms, "postgresql")
+def _now_ms_postgresql(_element: Any, _compiler: Any, **_kw: Any) -> str:
+    # clock_timestamp, not now(): a group commit is one transaction, and its rows are not
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)"
+
+
+@compiles(now_ms, "sqlite")
+def _now_ms_sqlite(_element: Any, _compiler: Any, **_kw: Any) -> str:
+    # 2440587.5 is the Julian day of 1970-01-01; unixepoch('subsec') needs SQLite 3.42
+    return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+
+
+def create(url: str) -> Engine:
+    """An engine whose transactions on SQLite start with BEGIN IMMEDIATE.
+
+    A deferred transaction that reads and then writes fails with "database is locked" whatever the
+    busy timeout is (2,289 of 4,000 in a test); one that starts as a writer waits its turn.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        return create_engine(
+            parsed, pool_size=8, max_overflow=0, pool_timeout=5, pool_pre_ping=True
+        )
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        raise SetupError(
+            f"BACKCHANNEL_DATABASE_URL is of type '{parsed.get_backend_name()}'; use "
+            "postgresql://user:password@host/name, or leave it unset for SQLite."
+        )
+    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(
+        parsed,
+        pool_size=8,
+        max_overflow=0,
+        connect_args={"timeout": BUSY_S, "isolation_level": None},
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        # FULL: a commit that was acknowledged survives the power cord; group commit makes it cheap
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        reading = connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+class Database:
+    """One process's way to the database: reads on a few threads, all writes through one.
+
+    Open it after fork; `close` it at exit. Work is a function of a `Connection`; it must not
+    commit, and it may run twice if the first try was rolled back.
+    """
+
+    def __init__(self, url: str, *, name: str) -> None:
+        self.engine = create(url)
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix=f"{name}-db-reader")
+        self._queue: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(
+            target=self._write_forever, name=f"{name}-db-writer", daemon=True
+        )
+        self._writer.start()
+
+    async def write(self, work: Work[T]) -> T:
+        """Run work in the next group commit; returns once it is durable.
+
+        Raises:
+            Unavailable: The database does not answer; the work may or may not have happened.
+        """
+        return await asyncio.wrap_future(self.submit(work))
+
+    def submit(self, work: Work[T]) -> Future[T]:
+        """`write` for threads: the future completes once the work is durable."""
+        future: Future[T] = Future()
+        self._queue.put((work, future))
+        return future
+
+    async def read(self, work: Work[T]) -> T:
+        """Run a reading function on a reader thread.
+
+        Raises:
+            Unavailable: The database does not answer.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self.read_now, work)
+
+    def read_now(self, work: Work[T]) -> T:
+        """`read` on this thread, for the command line and for start-up."""
+        try:
+            with self.engine.connect() as connection:
+                return work(connection.execution_options(reading=True))
+        except SQLAlchemyError as error:
+            raise _translated(error) from error
+
+    def write_now(self, work: Work[T]) -> T:
+        """`write` on this thread: waits for the commit."""
+        return self.submit(work).result()
+
+    def close(self) -> None:
+        """Finish what was submitted, then let go of the threads and connections."""
+        self._queue.put(None)
+        self._writer.join(timeout=BUSY_S + 5)
+        self._readers.shutdown(cancel_futures=True)
+        self.engine.dispose()
+
+    def _write_forever(self) -> None:
+        open_ = True
+        while open_:
+            item = self._queue.get()
+            if item is None:
+                return
+            group = [item]
+            # whatever queued while the last commit ran goes into this one; no timer
+            while len(group) < MAX_GROUP:
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    open_ = False
+                    break
+                group.append(item)
+            # From here on a caller that goes away cannot cancel its future under the writer's
+            # hands, which would end this thread; what was cancelled before is not begun.
+            group = [each for each in group if each[1].set_running_or_notify_cancel()]
+            if group:
+                self._commit(group)
+
+    def _commit(self, group: Sequence[tuple[Work[Any], Future[Any]]], tries: int = 5) -> None:
+        try:
+            with self.engine.begin() as connection:
+                results = [work(connection) for work, _ in group]
+        except BaseException as error:
+            # One bad piece of work must not fail its neighbours, and a deadlock between two groups
+            # cannot happen between single pieces: each again, alone. The work is guarded, so doing
+            # again what a lost reply left undecided changes nothing.
+            if not _is_outage(error) and (len(group) > 1 or (_is_conflict(error) and tries > 1)):
+                for each in group:
+                    self._commit([each], tries - 1)
+                return
+            for _, future in group:
+                future.set_exception(_translated(error))
+        else:
+            for (_, future), result in zip(group, results, strict=True):
+                future.set_result(result)
+
+
+def _is_conflict(error: BaseException) -> bool:
+    """Two PostgreSQL transactions met: serialization failure or deadlock; one goes again."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None) in {"40001", "40P01"}
+
+
+def _is_outage(error: BaseException) -> bool:
+    return not _is_conflict(error) and (
+        isinstance(error, OperationalError | PoolTimeout)
+        or (isinstance(error, DBAPIError) and error.connection_invalidated)
+    )
+
+
+def _translated(error: BaseException) -> BaseException:
+    if not _is_outage(error):
+        return error
+    cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    return Unavailable(f"The database does not answer: {cause}", code="database_unavailable")
+
+
+HEAD = "0001"  # the newest migration; a test compares it with the scripts
+
+
+def migrate(url: str) -> None:
+    """Bring the schema up to date; safe to call from many processes at once.
+
+    Raises:
+        SetupError: The database is newer than this code.
+    """
+    engine = create(url)
+    try:
+        with engine.begin() as connection:
+            found = _revision(connection)
+        if found == HEAD:
+            return
+        _upgrade(engine, found)
+    except OperationalError as error:
+        cause = str(error.orig).strip().splitlines()[0]
+        raise SetupError(
+            f"Cannot open the database {engine.url!r}: {cause}. Is it running, and is "
+            "BACKCHANNEL_DATABASE_URL right?"
+        ) from error
+    finally:
+        engine.dispose()
+
+
+def _revision(connection: Connection) -> str | None:
+    if not connection.dialect.has_table(connection, "alembic_version"):
+        return None
+    return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+
+
+def _upgrade(engine: Engine, found: str | None) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if found is not None and found not in known:
+        raise SetupError(
+            f"The database is at revision {found}, which is newer than this version of "
+            "Backchannel. Upgrade Backchannel, or point BACKCHANNEL_DATABASE_URL elsewhere."
+        )
+    started = time.monotonic()
+    # one transaction that starts as a writer (SQLite) or takes a lock (PostgreSQL): the other
+    # processes that start now wait here, and then find nothing to do
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7266826)")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    log.info(
+        "The database schema is up to date.",
+        revision=HEAD,
+        seconds=round(time.monotonic() - started, 2),
+    )

@@ -1,0 +1,163 @@
+"""The tree of errors: each a sentence for a person, with a status and a code for a program.
+
+BackchannelError
+├── InvalidRequest            400  what was sent cannot be a job
+│   ├── ProviderNotFound      400  the model names a provider nobody registered
+│   ├── ProviderKeyMissing    400  the provider needs a key that is not set
+│   └── UnsupportedParameter  400  a parameter this provider cannot honour
+├── NotFound                  404  no such thing, or somebody else's
+├── Conflict                  409  the state of things does not allow it
+├── TooLarge                  413  over a documented cap
+├── Unavailable               503  a server we need does not answer; try again
+├── SetupError                     the installation needs a person
+└── ProviderError             502  a provider's answer that is not an answer
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class BackchannelError(Exception):
+    """Something went wrong inside Backchannel."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    retryable = False
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The error as it crosses HTTP: OpenAI's ``{"error": {message, type, code, param}}``."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "code": self.code,
+                "param": self.param,
+            }
+        }
+
+
+class InvalidRequest(BackchannelError):
+    """What was sent cannot become a job."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class ProviderNotFound(InvalidRequest):
+    """The model names a provider that is not registered."""
+
+    code = "provider_not_found"
+
+
+class ProviderKeyMissing(InvalidRequest):
+    """The provider needs a key and none is set."""
+
+    code = "provider_key_missing"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter that the chosen provider cannot honour; refused rather than dropped."""
+
+    code = "unsupported_parameter"
+
+
+class NotFound(BackchannelError):
+    """No such thing, or it belongs to another caller."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(BackchannelError):
+    """The state of things does not allow it."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class TooLarge(BackchannelError):
+    """Over a documented cap."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "too_large"
+
+
+class Unavailable(BackchannelError):
+    """A server this needs does not answer right now."""
+
+    status = 503
+    code = "unavailable"
+    retryable = True
+
+
+class SetupError(BackchannelError):
+    """The installation needs a person: the message says what to type."""
+
+    code = "setup"
+
+
+class Policy(NamedTuple):
+    """What the engine does about a class of provider error."""
+
+    retryable: bool
+    burns_attempt: bool
+    meaning: str
+
+
+PROVIDER_ERRORS: dict[str, Policy] = {
+    "rate_limited": Policy(True, False, "the provider asked us to slow down (429)"),
+    "overloaded": Policy(True, False, "the provider is overloaded (529, 503)"),
+    "unreachable": Policy(True, True, "no connection to the provider"),
+    "server_error": Policy(True, True, "the provider failed (5xx)"),
+    "disconnected": Policy(True, True, "the connection broke before the answer was complete"),
+    "truncated": Policy(True, True, "the stream ended without its terminal marker"),
+    "stalled": Policy(True, True, "no content within the deadline"),
+    "malformed": Policy(True, True, "the provider's bytes are not its own protocol"),
+    "auth": Policy(False, True, "the provider refused the key (401, 403)"),
+    "billing": Policy(False, True, "the provider's account is out of credit or quota"),
+    "context_length": Policy(False, True, "the messages do not fit the model's context"),
+    "invalid_request": Policy(False, True, "the provider refused the request (4xx)"),
+    "content_filter": Policy(False, True, "the provider refused to answer this content"),
+    "answer_too_large": Policy(False, True, "the answer went over the cap of bytes"),
+}
+
+
+class ProviderError(BackchannelError):
+    """A provider's answer that is not an answer, classified.
+
+    Args:
+        message: What happened, without keys or prompt text.
+        code: One of ``PROVIDER_ERRORS``.
+        retry_after_s: The provider's own wish; never called again before it is over.
+        status_code: The provider's HTTP status, where there was one.
+    """
+
+    status = 502
+    type = "provider_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        retry_after_s: float | None = None,
+        status_code: int | None = None,
+    ) -> None:
+        super().__init__(message, code=code)
+        self.policy = PROVIDER_ERRORS[code]
+        self.retryable = self.policy.retryable
+        self.retry_after_s = retry_after_s
+        self.status_code = status_code

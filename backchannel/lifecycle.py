@@ -1,0 +1,484 @@
+"""The guarded transitions of a job: the only place that changes a state.
+
+Each is a function of an open transaction and answers for its own row: it either did the whole of
+its step, or the guard matched nothing and it did nothing. ``attempt`` is the fencing token: every
+write a worker makes names the attempt and the owner it acts for, so a worker that was frozen and
+came back writes nothing.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Update,
+    bindparam,
+    case,
+    delete,
+    exists,
+    insert,
+    select,
+    update,
+)
+from uuid_utils.compat import uuid7
+
+from backchannel.books import Finished, Outcome, Spent, close_attempt, write_finish
+from backchannel.db import now_ms
+from backchannel.tables import (
+    CANCELLED,
+    EXPIRED,
+    FAILED,
+    FOLLOWS,
+    QUEUED,
+    RUNNING,
+    SUCCEEDED,
+    TERMINAL,
+    attempts,
+    jobs,
+    requests,
+    turns,
+    workers,
+)
+
+NOW = now_ms()
+
+
+def new_id(kind: str) -> str:
+    """A time-ordered id such as ``job_0192…``: 128 bits, uuid version 7 (RFC 9562)."""
+    moment: uuid.UUID = uuid7()
+    return f"{kind}_{moment.hex}"
+
+
+def _move(here: str, there: str) -> Update:
+    """The one statement that changes a state; it asks the table of states."""
+    if there not in FOLLOWS[here]:
+        raise AssertionError(f"{there} does not follow {here}")
+    return (
+        update(jobs)
+        .where(jobs.c.id == bindparam("job"), jobs.c.state == here)
+        .values(
+            state=there,
+            **({"finished_ms": NOW, "lease_ms": None} if there in TERMINAL else {}),
+        )
+    )
+
+
+def _fenced(statement: Update) -> Update:
+    return statement.where(
+        jobs.c.attempt == bindparam("by_attempt"), jobs.c.owner == bindparam("by_owner")
+    )
+
+
+_earlier = jobs.alias("earlier")
+turn_has_come: ColumnElement[bool] = jobs.c.session_id.is_(None) | ~exists().where(
+    _earlier.c.session_id == jobs.c.session_id,
+    _earlier.c.session_seq < jobs.c.session_seq,
+    _earlier.c.state.in_([QUEUED, RUNNING]),
+)
+
+# ---------------------------------------------------------------- claim, heartbeat, call mark
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One attempt at a job, owned by one worker process, with all it needs to run."""
+
+    job_id: str
+    attempt: int
+    owner: str
+    caller: str
+    lane: str
+    provider: str
+    model: str
+    session_id: str | None
+    session_seq: int | None
+    stream: bool
+    retries: int
+    age_ms: int  # since accept
+    left_ms: int  # to the deadline
+    messages: list[dict[str, Any]]
+    parameters: dict[str, Any]
+
+    @property
+    def fence(self) -> dict[str, Any]:
+        """The guard of every write made for this attempt."""
+        return {"job": self.job_id, "by_attempt": self.attempt, "by_owner": self.owner}
+
+
+_CLAIM = (
+    _move(QUEUED, RUNNING)
+    .where(
+        jobs.c.run_ms <= NOW,
+        jobs.c.deadline_ms > NOW,
+        jobs.c.cancel_ms.is_(None),
+        turn_has_come,
+    )
+    .values(
+        attempt=jobs.c.attempt + 1,
+        owner=bindparam("by_owner"),
+        lease_ms=NOW + bindparam("lease_in_ms"),
+        started_ms=case((jobs.c.started_ms.is_(None), NOW), else_=jobs.c.started_ms),
+        rung_ms=None,
+        rank=1,
+    )
+    .returning(
+        jobs.c.attempt,
+        jobs.c.caller,
+        jobs.c.lane,
+        jobs.c.provider,
+        jobs.c.model,
+        jobs.c.session_id,
+        jobs.c.session_seq,
+        jobs.c.stream,
+        jobs.c.retries,
+        (NOW - jobs.c.created_ms).label("age_ms"),
+        (jobs.c.deadline_ms - NOW).label("left_ms"),
+    )
+)
+_REQUEST = select(requests.c.messages, requests.c.parameters).where(
+    requests.c.job_id == bindparam("job")
+)
+# Turns of jobs that did not succeed stay visible in the session but are not told to the model:
+# a question without its answer would be asked twice when it is retried.
+_HISTORY = (
+    select(turns.c.message)
+    .join(jobs, jobs.c.id == turns.c.job_id)
+    .where(
+        turns.c.session_id == bindparam("session"),
+        turns.c.seq < bindparam("seq"),
+        jobs.c.state == SUCCEEDED,
+    )
+    .order_by(turns.c.seq)
+)
+
+
+def claim(connection: Connection, job_id: str, owner: str, lease_s: float) -> Claim | None:
+    """Take a queued job that is due; None means the doorbell was a duplicate, or too early."""
+    row = connection.execute(
+        _CLAIM, {"job": job_id, "by_owner": owner, "lease_in_ms": int(lease_s * 1000)}
+    ).first()
+    if row is None:
+        return None
+    connection.execute(
+        insert(attempts).values(started_ms=NOW),
+        {"job_id": job_id, "attempt": row.attempt, "owner": owner},
+    )
+    request = connection.execute(_REQUEST, {"job": job_id}).one()
+    messages = request.messages
+    if row.session_id is not None:
+        history = connection.execute(
+            _HISTORY, {"session": row.session_id, "seq": row.session_seq}
+        ).scalars()
+        messages = [*history, *messages]
+    return Claim(
+        job_id=job_id, owner=owner, messages=messages, parameters=request.parameters,
+        **row._mapping,
+    )  # fmt: skip
+
+
+def sign_on(connection: Connection, owner: str, host: str, pid: int, slots: int) -> None:
+    """A worker process begins; the dispatcher counts its slots."""
+    connection.execute(
+        insert(workers).values(started_ms=NOW, seen_ms=NOW),
+        {"owner": owner, "host": host, "pid": pid, "slots": slots, "in_flight": 0},
+    )
+
+
+def sign_off(connection: Connection, owner: str) -> None:
+    """A worker process ends."""
+    connection.execute(delete(workers).where(workers.c.owner == owner))
+
+
+_HEARTBEAT = (
+    update(jobs)
+    .where(
+        jobs.c.id.in_(bindparam("held", expanding=True)),
+        jobs.c.owner == bindparam("by_owner"),
+        jobs.c.state == RUNNING,
+    )
+    .values(lease_ms=NOW + bindparam("lease_in_ms"))
+    .returning(jobs.c.id, jobs.c.attempt, jobs.c.cancel_ms)
+)
+
+
+class Beat(NamedTuple):
+    """What a heartbeat says of one held job."""
+
+    attempt: int
+    cancelled: bool
+
+
+def heartbeat(
+    connection: Connection, owner: str, held: list[str], lease_s: float
+) -> dict[str, Beat]:
+    """Renew the leases of one process in one statement; what is missing from the answer is lost."""
+    connection.execute(
+        update(workers).where(workers.c.owner == owner).values(seen_ms=NOW, in_flight=len(held))
+    )
+    if not held:
+        return {}
+    rows = connection.execute(
+        _HEARTBEAT, {"held": held, "by_owner": owner, "lease_in_ms": int(lease_s * 1000)}
+    )
+    return {row.id: Beat(row.attempt, row.cancel_ms is not None) for row in rows}
+
+
+_MARK_CALL = (
+    update(attempts)
+    .where(
+        attempts.c.job_id == bindparam("job"),
+        attempts.c.attempt == bindparam("by_attempt"),
+        # PostgreSQL looks at this row again after waiting for a reaper, but not at the job's
+        attempts.c.finished_ms.is_(None),
+        exists().where(
+            jobs.c.id == bindparam("job"),
+            jobs.c.attempt == bindparam("by_attempt"),
+            jobs.c.owner == bindparam("by_owner"),
+            jobs.c.state == RUNNING,
+        ),
+    )
+    .values(provider_call_ms=NOW)
+)
+
+
+def mark_call(connection: Connection, claim: Claim) -> bool:
+    """Put the provider call on record before it is made; False: the attempt is no longer ours."""
+    return connection.execute(_MARK_CALL, claim.fence).rowcount == 1
+
+
+# ---------------------------------------------------------------- finish
+
+
+def _ending(statement: Update) -> Update:
+    return statement.values(
+        finish_reason=bindparam("how"),
+        error_code=bindparam("code"),
+        error_message=bindparam("why"),
+    ).returning(
+        jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.attempt,
+        jobs.c.session_id, jobs.c.session_seq,
+    )  # fmt: skip
+
+
+_FINISH = {state: _ending(_fenced(_move(RUNNING, state))) for state in TERMINAL}
+
+
+def finish(connection: Connection, claim: Claim, outcome: Outcome) -> Finished | None:
+    """The one finish transaction of an attempt; None: the attempt is no longer ours."""
+    row = connection.execute(
+        _FINISH[outcome.state], {**claim.fence, **_ending_values(outcome)}
+    ).first()
+    return None if row is None else write_finish(connection, row, outcome)
+
+
+def _ending_values(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "how": outcome.finish_reason,
+        "code": outcome.error_code,
+        "why": outcome.error_message,
+    }
+
+
+# ---------------------------------------------------------------- back to the queue
+
+_back = {
+    "owner": None,
+    "lease_ms": None,
+    "rung_ms": None,
+}
+_row = (
+    jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.session_id,
+    jobs.c.session_seq, jobs.c.attempt,
+)  # fmt: skip
+_REQUEUE = (
+    _fenced(_move(RUNNING, QUEUED))
+    .values(
+        run_ms=NOW + bindparam("delay_ms"),
+        retries=jobs.c.retries + bindparam("burnt"),
+        rank=bindparam("in_front"),
+        **_back,
+    )
+    .returning(*_row)
+)
+
+
+def retry_later(
+    connection: Connection,
+    claim: Claim,
+    *,
+    delay_s: float,
+    burns_attempt: bool,
+    error_code: str,
+    error_message: str,
+    spent: Spent | None,
+) -> bool:
+    """Back to the queue after a provider error; its usage is on the books but not billable."""
+    return _requeue(
+        connection, claim, "retried", error_code, error_message, spent,
+        delay_ms=int(delay_s * 1000), burnt=int(burns_attempt), in_front=1,
+    )  # fmt: skip
+
+
+def hand_back(connection: Connection, claim: Claim, spent: Spent | None) -> bool:
+    """Back to the head of the line at once: this process is going, the job is not at fault."""
+    return _requeue(
+        connection, claim, "handed_back", None, None, spent, delay_ms=0, burnt=0, in_front=0
+    )
+
+
+def _requeue(
+    connection: Connection,
+    claim: Claim,
+    what: str,
+    code: str | None,
+    why: str | None,
+    spent: Spent | None,
+    **values: int,
+) -> bool:
+    row = connection.execute(_REQUEUE, {**claim.fence, **values}).first()
+    if row is None:
+        return False
+    close_attempt(connection, row, claim.attempt, what, code, why, spent, billable=False)
+    return True
+
+
+# ---------------------------------------------------------------- the caretaker's transitions
+
+
+class Lapsed(NamedTuple):
+    """A running job whose lease is over."""
+
+    job_id: str
+    attempt: int
+    crashes: int
+    age_ms: int
+
+
+_LAPSED = (
+    select(jobs.c.id, jobs.c.attempt, jobs.c.crashes, NOW - jobs.c.created_ms)
+    .where(jobs.c.state == RUNNING, jobs.c.lease_ms < NOW)
+    .limit(1000)
+)
+
+
+def lapsed(connection: Connection) -> list[Lapsed]:
+    """The running jobs whose worker has gone silent."""
+    return [Lapsed(*row) for row in connection.execute(_LAPSED)]
+
+
+def _reaped(statement: Update) -> Update:
+    return statement.where(jobs.c.attempt == bindparam("by_attempt"), jobs.c.lease_ms < NOW).values(
+        crashes=jobs.c.crashes + 1
+    )
+
+
+_REAP = _reaped(_move(RUNNING, QUEUED)).values(run_ms=NOW, rank=0, **_back).returning(*_row)
+_REAP_POISON = _ending(_reaped(_move(RUNNING, FAILED)))
+
+
+def reap(connection: Connection, job_id: str, attempt: int) -> bool:
+    """Put a job whose worker died back at the head of the line."""
+    row = connection.execute(_REAP, {"job": job_id, "by_attempt": attempt}).first()
+    if row is None:
+        return False
+    close_attempt(connection, row, attempt, "reaped", None, None, None, billable=False)
+    return True
+
+
+def reap_poison(connection: Connection, job_id: str, attempt: int, outcome: Outcome) -> bool:
+    """Fail a job that took too many workers with it."""
+    row = connection.execute(
+        _REAP_POISON, {"job": job_id, "by_attempt": attempt, **_ending_values(outcome)}
+    ).first()
+    if row is not None:
+        write_finish(connection, row, outcome)
+    return row is not None
+
+
+class Overdue(NamedTuple):
+    """A queued job that must end without (another) attempt, and in which state."""
+
+    job_id: str
+    attempt: int
+    state: str
+    age_ms: int
+
+
+_overdue = (
+    select(
+        jobs.c.id,
+        jobs.c.attempt,
+        case((jobs.c.cancel_ms.is_not(None), CANCELLED), else_=EXPIRED),
+        NOW - jobs.c.created_ms,
+    )
+    .where(jobs.c.state == QUEUED)
+    .limit(1000)
+)
+_OVERDUE = (
+    _overdue.where(jobs.c.cancel_ms.is_not(None)),
+    _overdue.where(jobs.c.deadline_ms <= NOW),
+)
+
+
+def overdue(connection: Connection) -> list[Overdue]:
+    """The queued jobs that were cancelled, or whose deadline has passed."""
+    found = [Overdue(*row) for statement in _OVERDUE for row in connection.execute(statement)]
+    return list({each.job_id: each for each in found}.values())
+
+
+_CLOSE_QUEUED = {
+    CANCELLED: _ending(
+        _move(QUEUED, CANCELLED).where(
+            jobs.c.attempt == bindparam("by_attempt"), jobs.c.cancel_ms.is_not(None)
+        )
+    ),
+    EXPIRED: _ending(
+        _move(QUEUED, EXPIRED).where(
+            jobs.c.attempt == bindparam("by_attempt"), jobs.c.deadline_ms <= NOW
+        )
+    ),
+}
+
+
+def close_queued(
+    connection: Connection, job_id: str, attempt: int, outcome: Outcome
+) -> Finished | None:
+    """End a queued job that was cancelled or has expired; None: it is not queued any more."""
+    row = connection.execute(
+        _CLOSE_QUEUED[outcome.state],
+        {"job": job_id, "by_attempt": attempt, **_ending_values(outcome)},
+    ).first()
+    return None if row is None else write_finish(connection, row, outcome)
+
+
+# ---------------------------------------------------------------- cancel
+
+
+class Cancelling(NamedTuple):
+    """Where a job stood when its cancel was put on record."""
+
+    state: str
+    attempt: int
+    age_ms: int
+
+
+_REQUEST_CANCEL = (
+    update(jobs)
+    .where(
+        jobs.c.id == bindparam("job"),
+        jobs.c.caller == bindparam("who"),
+        jobs.c.state.in_([QUEUED, RUNNING]),
+    )
+    .values(cancel_ms=case((jobs.c.cancel_ms.is_(None), NOW), else_=jobs.c.cancel_ms))
+    .returning(jobs.c.state, jobs.c.attempt, NOW - jobs.c.created_ms)
+)
+
+
+def request_cancel(connection: Connection, job_id: str, caller: str) -> Cancelling | None:
+    """Put a cancel on record: from here on no attempt starts. None: finished, or not there."""
+    row = connection.execute(_REQUEST_CANCEL, {"job": job_id, "who": caller}).first()
+    return None if row is None else Cancelling(*row)

@@ -1,0 +1,278 @@
+"""Providers as data: adapters follow the type, keys, ledger and limits the id."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from backchannel.errors import InvalidRequest, ProviderKeyMissing, ProviderNotFound
+from backchannel.settings import Settings, get_settings
+from backchannel.vault import provider_key
+
+ProviderType = Literal["anthropic", "openai-compatible", "echo"]
+PROVIDER_ID = re.compile(r"^[a-z0-9-]+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What requests to a provider may contain."""
+
+    structured_output: bool = True
+    multimodal: bool = True
+    tools: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One place that answers chats.
+
+    Attributes:
+        id: Its name in ``provider:model``, in keys, in the books.
+        type: Which adapter speaks to it.
+        base_url: The root the SDK appends its paths to.
+        key_env: The well-known environment variable of its key.
+        needs_key: False for servers that take any key, or none.
+        max_tokens_field: What a compatible server calls the cap on output tokens.
+        reports_stream_usage: Whether it takes ``stream_options.include_usage``.
+        colons_in_models: Whether its model names contain colons (Ollama tags, OpenAI's ``ft:…``).
+        price_provider: Its name in genai-prices; None where running costs nothing per token.
+    """
+
+    id: str
+    name: str
+    type: ProviderType
+    base_url: str
+    default_model: str
+    models: tuple[str, ...] = ()
+    key_env: str | None = None
+    needs_key: bool = True
+    capabilities: Capabilities = field(default_factory=Capabilities)
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    reports_stream_usage: bool = True
+    colons_in_models: bool = False
+    price_provider: str | None = None
+    builtin: bool = True
+
+
+BUILT_IN: tuple[Provider, ...] = (
+    Provider(
+        id="anthropic",
+        name="Anthropic",
+        type="anthropic",
+        base_url="https://api.anthropic.com",
+        default_model="claude-sonnet-4-5-20250929",
+        models=("claude-sonnet-4-5-20250929", "claude-haiku-4-5", "claude-opus-4-5"),
+        key_env="ANTHROPIC_API_KEY",
+        price_provider="anthropic",
+    ),
+    Provider(
+        id="openai",
+        name="OpenAI",
+        type="openai-compatible",
+        base_url="https://api.openai.com/v1",
+        default_model="gpt-5-mini",
+        models=("gpt-5-mini", "gpt-5", "gpt-4.1-mini"),
+        key_env="OPENAI_API_KEY",
+        # Reasoning models refuse max_tokens; every current model takes this name.
+        max_tokens_field="max_completion_tokens",
+        price_provider="openai",
+        colons_in_models=True,
+    ),
+    Provider(
+        id="groq",
+        name="Groq",
+        type="openai-compatible",
+        base_url="https://api.groq.com/openai/v1",
+        default_model="llama-3.3-70b-versatile",
+        models=("llama-3.3-70b-versatile", "llama-3.1-8b-instant", "openai/gpt-oss-120b"),
+        key_env="GROQ_API_KEY",
+        max_tokens_field="max_completion_tokens",
+        price_provider="groq",
+    ),
+    Provider(
+        id="gemini",
+        name="Google Gemini",
+        type="openai-compatible",
+        base_url="https://generativelanguage.googleapis.com/v1beta/openai",
+        default_model="gemini-2.5-flash",
+        models=("gemini-2.5-flash", "gemini-2.5-pro", "gemini-2.5-flash-lite"),
+        key_env="GEMINI_API_KEY",
+        price_provider="google",
+    ),
+    Provider(
+        id="ollama",
+        name="Ollama",
+        type="openai-compatible",
+        base_url="http://127.0.0.1:11434/v1",
+        default_model="llama3.2",
+        needs_key=False,
+        colons_in_models=True,
+    ),
+    Provider(
+        id="lmstudio",
+        name="LM Studio",
+        type="openai-compatible",
+        base_url="http://127.0.0.1:1234/v1",
+        default_model="local-model",
+        needs_key=False,
+        colons_in_models=True,
+    ),
+    Provider(
+        id="echo",
+        name="Echo (offline)",
+        type="echo",
+        base_url="",
+        default_model="echo-1",
+        models=("echo-1",),
+        needs_key=False,
+    ),
+)
+
+# An alias is an ordered list: the first model whose provider is available is taken.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "fast": (
+        "anthropic:claude-haiku-4-5",
+        "openai:gpt-5-nano",
+        "groq:llama-3.1-8b-instant",
+        "gemini:gemini-2.5-flash-lite",
+    ),
+    "balanced": (
+        "anthropic:claude-sonnet-4-5-20250929",
+        "openai:gpt-5-mini",
+        "groq:llama-3.3-70b-versatile",
+        "gemini:gemini-2.5-flash",
+    ),
+    "powerful": (
+        "anthropic:claude-opus-4-5",
+        "openai:gpt-5",
+        "gemini:gemini-2.5-pro",
+        "groq:openai/gpt-oss-120b",
+    ),
+}
+ALIASES["auto"] = ALIASES["balanced"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A model name made unambiguous, and why it became this one."""
+
+    provider: Provider
+    model: str
+    reason: str
+
+    @property
+    def id(self) -> str:
+        """``provider:model``."""
+        return f"{self.provider.id}:{self.model}"
+
+
+class Registry:
+    """The providers one process knows. Immutable: a change builds a new one."""
+
+    def __init__(self, providers: Iterable[Provider], settings: Settings) -> None:
+        self.providers: Mapping[str, Provider] = {each.id: each for each in providers}
+        self._settings = settings
+
+    def get(self, provider_id: str) -> Provider:
+        """The provider with this id.
+
+        Raises:
+            ProviderNotFound: Nobody registered it.
+        """
+        try:
+            return self.providers[provider_id]
+        except KeyError:
+            known = ", ".join(sorted(self.providers))
+            raise ProviderNotFound(
+                f"There is no provider '{provider_id}'. Known providers: {known}.", param="model"
+            ) from None
+
+    def key_present(self, provider: Provider) -> bool:
+        """Whether a call could be authorised. Never returns the key itself."""
+        return not provider.needs_key or provider_key(provider, self._settings) is not None
+
+    def resolve(self, name: str | None) -> Resolved:
+        """Turn what a caller wrote into a provider and its model name.
+
+        ``provider:model`` is split on the first colon only if the left part is a registered id,
+        because Ollama tags contain colons; an id alone means its default model; a bare name goes to
+        the default provider, a name with a colon only if that provider's names have them (never a silent change of provider);
+        ``fast``, ``balanced``, ``powerful`` and ``auto`` take the first available of their list.
+
+        Raises:
+            ProviderNotFound: The name cannot be placed.
+            ProviderKeyMissing: The provider needs a key that is not set.
+        """
+        resolved = self._place(name)
+        if not self.key_present(resolved.provider):
+            raise ProviderKeyMissing(
+                f"Provider '{resolved.provider.id}' has no key. Set "
+                f"{resolved.provider.key_env or _key_variable(resolved.provider.id)} where the "
+                "API and the workers start, or use the offline model 'echo:echo-1'.",
+                param="model",
+            )
+        return resolved
+
+    def _place(self, name: str | None) -> Resolved:
+        asked = name or self._settings.default_model
+        why = "named by the request" if name else "the default model"
+        if asked != asked.strip() or not asked:
+            raise InvalidRequest("A model name has no spaces around it.", param="model")
+        if asked in ALIASES:
+            return self._first_available(asked)
+        left, colon, right = asked.partition(":")
+        if left in self.providers:
+            provider = self.providers[left]
+            return Resolved(provider, right or provider.default_model, why)
+        provider = self.get(self._settings.default_provider)
+        if colon and not provider.colons_in_models:
+            known = ", ".join(sorted(self.providers))
+            raise ProviderNotFound(
+                f"There is no provider '{left}'. Known providers: {known}. "
+                f"For a tag write the provider too, as in 'ollama:{asked}'.",
+                param="model",
+            )
+        return Resolved(provider, asked, f"{why}; a bare name goes to {provider.id}")
+
+    def _first_available(self, alias: str) -> Resolved:
+        for candidate in ALIASES[alias]:
+            provider_id, _, model = candidate.partition(":")
+            provider = self.providers[provider_id]
+            if self.key_present(provider):
+                return Resolved(provider, model, f"'{alias}': first available is {provider_id}")
+        raise ProviderKeyMissing(
+            f"No provider of '{alias}' has a key. Set one of "
+            + ", ".join(p.key_env for p in BUILT_IN if p.key_env)
+            + ".",
+            param="model",
+        )
+
+
+def _key_variable(provider_id: str) -> str:
+    return f"BACKCHANNEL_PROVIDERS__{provider_id.upper().replace('-', '_')}__API_KEY"
+
+
+def build_registry(settings: Settings) -> Registry:
+    """The built-in providers with the operator's base URLs."""
+    providers = []
+    for provider in BUILT_IN:
+        override = settings.providers.get(provider.id)
+        if override is not None and override.base_url:
+            provider = replace(provider, base_url=override.base_url)
+        providers.append(provider)
+    return Registry(providers, settings)
+
+
+_registry: tuple[int, Registry] | None = None
+
+
+def get_registry(build: Callable[[Settings], Registry] = build_registry) -> Registry:
+    """This process's registry: built at first use, and again after a fork."""
+    global _registry
+    pid = os.getpid()
+    if _registry is None or _registry[0] != pid:
+        _registry = (pid, build(get_settings()))
+    return _registry[1]

@@ -1,0 +1,145 @@
+"""Every knob once, with its unit and its reason; read from ``BACKCHANNEL_…`` variables."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class ProviderSettings(BaseModel):
+    """Of one provider: ``BACKCHANNEL_PROVIDERS__<ID>__BASE_URL`` and ``…__API_KEY``."""
+
+    base_url: str | None = None
+    api_key: SecretStr | None = None
+
+
+class PriceSettings(BaseModel):
+    """The operator's own price for one ``provider:model``, in dollars per million tokens."""
+
+    input: Decimal
+    output: Decimal
+    cached: Decimal | None = None  # None: as input
+    cache_write: Decimal | None = None  # None: as input
+
+
+class Settings(BaseSettings):
+    """One process's configuration; immutable after start."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BACKCHANNEL_", env_nested_delimiter="__", extra="ignore", frozen=True
+    )
+
+    home: Path = Field(
+        Path(".backchannel"), description="Folder of the database, Valkey's data and the logs."
+    )
+    database_url: str = Field(
+        "", description="Empty: SQLite in the home folder. Or postgresql://user:password@host/name."
+    )
+    redis_url: str = Field(
+        "", description="Empty: the embedded Valkey of the home folder. Or redis://host:6379/0."
+    )
+    redis_prefix: str = Field(
+        "backchannel:", description="Put before every Redis key, so one server can be shared."
+    )
+    api_url: str = Field(
+        "http://127.0.0.1:8000", description="Where the command line finds the API."
+    )
+    default_model: str = Field(
+        "anthropic:claude-sonnet-4-5-20250929", description="The model of a job that names none."
+    )
+    default_provider: str = Field("anthropic", description="The provider of a bare model name.")
+    providers: dict[str, ProviderSettings] = Field(
+        default_factory=dict, description="Base URL and key per provider id."
+    )
+    prices: dict[str, PriceSettings] = Field(
+        default_factory=dict,
+        description="Own prices by provider:model, as JSON; they go before the price list.",
+    )
+    allow_open_bind: bool = Field(
+        False,
+        description="Let the API listen beyond loopback without callers' keys, as inside a compose "
+        "network. Anybody who reaches the port can spend your money.",
+    )
+
+    processes: int = Field(1, ge=1, description="Worker processes; one per core is right.")
+    jobs_in_flight: int = Field(
+        200,
+        ge=1,
+        description="Jobs one worker process runs at once; they wait, they do not compute.",
+    )
+    grace_s: float = Field(
+        20.0,
+        ge=0,
+        description="Seconds a stopping worker waits for running jobs before handing back.",
+    )
+    flower_events: bool = Field(
+        True, description="Send Celery task events for Flower; about 0.5 ms of CPU a job."
+    )
+    log_level: str = Field("info", description="debug, info, warning or error.")
+
+    lease_s: float = Field(20.0, description="Seconds a claim lives without a heartbeat.")
+    heartbeat_s: float = Field(5.0, description="Seconds between heartbeats; three may be missed.")
+    fence_s: float = Field(
+        15.0,
+        description="Seconds without a renewed lease after which a worker stops its own calls.",
+    )
+    max_crashes: int = Field(3, description="Crashed attempts after which a job fails as poison.")
+    max_retries: int = Field(
+        5, description="Retries after provider errors that burn an attempt; 429 and 529 do not."
+    )
+    backoff_max_s: float = Field(60.0, description="Ceiling of the jittered wait between attempts.")
+    job_deadline_s: float = Field(
+        86_400.0, description="Seconds after accept at which an unfinished job expires."
+    )
+    first_byte_s: float = Field(
+        120.0, description="Seconds to the first content; long prompts are slow."
+    )
+    idle_s: float = Field(
+        60.0, description="Seconds without content; keep-alive comments do not count."
+    )
+    attempt_s: float = Field(900.0, description="Seconds one attempt may take in all.")
+    max_body_bytes: int = Field(32 << 20, description="Cap of one request body: 32 MiB.")
+    max_line_bytes: int = Field(
+        1 << 20, description="Cap of one line of a provider's stream: 1 MiB."
+    )
+    max_answer_bytes: int = Field(8 << 20, description="Cap of one answer: 8 MiB.")
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _ids_have_dashes(cls, value: Any) -> Any:
+        """Environment variables cannot hold a dash: ``MY_OLLAMA`` is the provider ``my-ollama``."""
+        if isinstance(value, dict):
+            return {str(key).lower().replace("_", "-"): item for key, item in value.items()}
+        return value
+
+    @property
+    def home_path(self) -> Path:
+        """The home folder, absolute, so that a later chdir cannot move it."""
+        return self.home.expanduser().absolute()
+
+    @property
+    def database(self) -> str:
+        """The SQLAlchemy URL: PostgreSQL always through psycopg 3, else the SQLite file at home."""
+        url = self.database_url
+        if not url:
+            return f"sqlite:///{self.home_path / 'backchannel.db'}"
+        for scheme in ("postgresql://", "postgres://"):
+            if url.startswith(scheme):
+                return "postgresql+psycopg://" + url.removeprefix(scheme)
+        return url
+
+    @property
+    def redis(self) -> str:
+        """The Redis URL; the embedded server listens on a socket only this user can open."""
+        return self.redis_url or f"unix://{self.home_path / 'valkey.sock'}"
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """This process's settings, read once."""
+    return Settings()

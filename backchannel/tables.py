@@ -1,0 +1,263 @@
+"""One class per table; the states of a job, and which follow which, as data.
+
+Times are whole milliseconds since 1970-01-01 UTC (``_ms``), money is whole nano-dollars
+(``_nanousd``): both databases keep integers exactly, and neither agrees with the other on more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary, Table, UniqueConstraint, text
+from sqlmodel import Field, SQLModel
+
+QUEUED = "queued"
+RUNNING = "running"
+SUCCEEDED = "succeeded"
+FAILED = "failed"
+CANCELLED = "cancelled"
+EXPIRED = "expired"
+
+TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELLED, EXPIRED})
+STATES = (QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, EXPIRED)
+FOLLOWS: dict[str, frozenset[str]] = {
+    QUEUED: frozenset({RUNNING, CANCELLED, EXPIRED}),
+    RUNNING: frozenset({QUEUED}) | TERMINAL,
+    SUCCEEDED: frozenset(),
+    FAILED: frozenset(),
+    CANCELLED: frozenset(),
+    EXPIRED: frozenset(),
+}
+
+INTERACTIVE = "interactive"
+BATCH = "batch"
+LANES = (INTERACTIVE, BATCH)  # in the order they are served
+
+
+def _ms(*, null: bool = False, index: bool = False) -> Any:
+    return Field(sa_column=Column(BigInteger, nullable=null, index=index))
+
+
+class Job(SQLModel, table=True):
+    """One chat job: where it stands. What was asked and answered is in the tables beside it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("caller", "idempotency_key", name="uq_jobs_idempotency"),
+        Index("ix_jobs_caller", "caller", "id"),
+        Index(
+            "ix_jobs_unrung",
+            "lane",
+            "caller",
+            "rank",
+            "id",
+            sqlite_where=text("state = 'queued' AND rung_ms IS NULL"),
+            postgresql_where=text("state = 'queued' AND rung_ms IS NULL"),
+        ),
+        Index(
+            "ix_jobs_rung",
+            "lane",
+            "rung_ms",
+            sqlite_where=text("state = 'queued' AND rung_ms IS NOT NULL"),
+            postgresql_where=text("state = 'queued' AND rung_ms IS NOT NULL"),
+        ),
+        Index(
+            "ix_jobs_cancelling",
+            "cancel_ms",
+            sqlite_where=text("state = 'queued' AND cancel_ms IS NOT NULL"),
+            postgresql_where=text("state = 'queued' AND cancel_ms IS NOT NULL"),
+        ),
+        Index(
+            "ix_jobs_deadline",
+            "deadline_ms",
+            sqlite_where=text("state = 'queued'"),
+            postgresql_where=text("state = 'queued'"),
+        ),
+        Index(
+            "ix_jobs_running",
+            "lease_ms",
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+        Index(
+            "ix_jobs_session",
+            "session_id",
+            "session_seq",
+            sqlite_where=text("session_id IS NOT NULL"),
+            postgresql_where=text("session_id IS NOT NULL"),
+        ),
+    )
+
+    id: str = Field(primary_key=True)
+    caller: str
+    idempotency_key: str | None = None
+    request_hash: str
+    state: str = QUEUED
+    lane: str = INTERACTIVE
+    provider: str
+    model: str
+    requested_model: str | None = None
+    model_reason: str
+    session_id: str | None = None
+    session_seq: int | None = None  # of the job's first message in its session
+    parent_id: str | None = None
+    stream: bool = True
+    meta: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    created_ms: int = _ms()
+    run_ms: int = _ms()  # not before
+    deadline_ms: int = _ms()
+    rung_ms: int | None = _ms(null=True)
+    started_ms: int | None = _ms(null=True)  # of the first attempt
+    finished_ms: int | None = _ms(null=True)
+    cancel_ms: int | None = _ms(null=True)
+    rank: int = 1  # 0: ahead of the line, after a crash or a hand-back
+    attempt: int = 0  # the fencing token
+    retries: int = 0
+    crashes: int = 0
+    owner: str | None = None
+    lease_ms: int | None = _ms(null=True)
+    finish_reason: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+class JobRequest(SQLModel, table=True):
+    """What a job asks: apart from the job, so that a heartbeat does not rewrite a long prompt."""
+
+    __tablename__ = "job_requests"
+
+    job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
+    messages: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
+    parameters: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+
+
+class JobResult(SQLModel, table=True):
+    """What a finished job answered, and the whole of its stream for replay."""
+
+    __tablename__ = "job_results"
+
+    job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
+    message: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+    log: bytes = Field(sa_column=Column(LargeBinary, nullable=False))  # events.pack_log
+
+
+class Attempt(SQLModel, table=True):
+    """One try at a job by one worker process; the provider call is on record before it is made."""
+
+    __tablename__ = "attempts"
+
+    job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
+    attempt: int = Field(primary_key=True)
+    owner: str
+    started_ms: int = _ms()
+    provider_call_ms: int | None = _ms(null=True)
+    finished_ms: int | None = _ms(null=True)
+    outcome: str | None = None  # a terminal state, or retried | reaped | handed_back
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+class Usage(SQLModel, table=True):
+    """What one attempt spent. ``input_tokens`` includes cached ones, ``output_tokens`` reasoning.
+
+    Token counts are NULL when the source is ``unknown``: unknown is not zero. So is the cost when
+    no price is known.
+    """
+
+    __tablename__ = "usage"
+    __table_args__ = (
+        Index(
+            "uq_usage_billable",
+            "job_id",
+            unique=True,
+            sqlite_where=text("billable"),
+            postgresql_where=text("billable"),
+        ),
+        Index("ix_usage_caller", "caller", "created_ms"),
+    )
+
+    job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
+    attempt: int = Field(primary_key=True)
+    billable: bool
+    caller: str
+    provider: str
+    model: str
+    session_id: str | None = None
+    lane: str
+    source: str  # final | partial | estimated | unknown
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    output_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cost_nanousd: int | None = _ms(null=True)
+    price_date: str | None = None  # the day whose price was taken, and from which price list
+    created_ms: int = _ms()
+
+
+class ChatSession(SQLModel, table=True):
+    """An ordered conversation and its current model."""
+
+    __tablename__ = "sessions"
+    __table_args__ = (Index("ix_sessions_caller", "caller", "id"),)
+
+    id: str = Field(primary_key=True)
+    caller: str
+    title: str | None = None
+    provider: str
+    model: str
+    model_version: int = 1  # counts switches
+    last_seq: int = 0  # sequence numbers up to here are taken
+    meta: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    created_ms: int = _ms()
+    updated_ms: int = _ms()
+
+
+class Turn(SQLModel, table=True):
+    """One message of a session; an answer's row is written in the job's finish transaction."""
+
+    __tablename__ = "turns"
+
+    session_id: str = Field(primary_key=True, foreign_key="sessions.id", ondelete="CASCADE")
+    seq: int = Field(primary_key=True)
+    job_id: str = Field(foreign_key="jobs.id", ondelete="CASCADE", index=True)
+    message: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    provider: str | None = None  # of an answer
+    model: str | None = None
+    created_ms: int = _ms()
+
+
+class Outbox(SQLModel, table=True):
+    """One row per finished job, for whoever must be told; written with the finish or not at all."""
+
+    __tablename__ = "outbox"
+
+    job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
+    event: str  # job.succeeded, job.failed, …
+    created_ms: int = _ms()
+
+
+class Worker(SQLModel, table=True):
+    """A worker process and its last heartbeat: how many slots there are, and who is alive."""
+
+    __tablename__ = "workers"
+
+    owner: str = Field(primary_key=True)
+    host: str
+    pid: int
+    slots: int
+    in_flight: int = 0
+    started_ms: int = _ms()
+    seen_ms: int = _ms(index=True)
+
+
+# The same tables as Core sees them, for the statements of the hot path.
+jobs: Table = Job.__table__  # type: ignore[attr-defined]
+requests: Table = JobRequest.__table__  # type: ignore[attr-defined]
+results: Table = JobResult.__table__  # type: ignore[attr-defined]
+attempts: Table = Attempt.__table__  # type: ignore[attr-defined]
+usage: Table = Usage.__table__  # type: ignore[attr-defined]
+sessions: Table = ChatSession.__table__  # type: ignore[attr-defined]
+turns: Table = Turn.__table__  # type: ignore[attr-defined]
+outbox: Table = Outbox.__table__  # type: ignore[attr-defined]
+workers: Table = Worker.__table__  # type: ignore[attr-defined]
