@@ -1,0 +1,341 @@
+"""The life of one attempt: claim, call on record, stream, finish; the one place that retries."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import structlog
+
+from backchannel import books, events, lifecycle
+from backchannel.bus import Stream
+from backchannel.db import Work
+from backchannel.errors import BackchannelError, ProviderError, Unavailable
+from backchannel.events import end_fields
+from backchannel.lifecycle import Claim
+from backchannel.pricing import Tokens, price
+from backchannel.registry import Provider
+from backchannel.settings import Settings
+from backchannel.tables import CANCELLED, EXPIRED, FAILED, SUCCEEDED
+from workers.answer import Answer
+from workers.process import Process
+from workers.providers import ChatRequest, Finish, adapter_for
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+MAX_LAG_S = 0.2  # a loop this late takes no more jobs: overload would become connect timeouts
+BACKOFF_BASE_S = 1.0
+
+Stop = Literal["lost", "cancelled", "handed_back", "stalled", "too_long", "expired"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What Celery and Flower are told of an attempt: where it went and what it cost, no content."""
+
+    job_id: str
+    state: str
+    model: str
+    tokens: str = ""
+    cost: str = ""
+
+    def __str__(self) -> str:
+        words = (self.job_id, self.state, self.model, self.tokens, self.cost)
+        return " · ".join(word for word in words if word)
+
+
+async def run(process: Process, job_id: str) -> Report | None:
+    """Run one job's next attempt to its end; None means there was nothing to do."""
+    if process.watchdog.lag_s > MAX_LAG_S:
+        await process.watchdog.caught_up(MAX_LAG_S)
+    if process.draining:
+        return None
+    asked = time.monotonic()
+    try:
+        claim = await process.db.write(
+            lambda c: lifecycle.claim(c, job_id, process.owner, process.settings.lease_s)
+        )
+    except Unavailable as error:
+        log.warning("A job could not be claimed; it is rung again.", job=job_id, error=str(error))
+        return None
+    if claim is None:
+        return None
+    this = Run(process, claim, asked)
+    process.runs[job_id, claim.attempt] = this
+    try:
+        return await this.go()
+    finally:
+        del process.runs[job_id, claim.attempt]
+
+
+class Run:
+    """One attempt in flight."""
+
+    def __init__(self, process: Process, claim: Claim, claimed_at: float) -> None:
+        self.process = process
+        self.claim = claim
+        self.answer = Answer()
+        self.provider: Provider | None = None
+        self.called = False
+        self._stop: Stop | None = None
+        self._calling: asyncio.Task[Finish] | None = None
+        self._started = self._heard = claimed_at
+        self._renewed = claimed_at
+        self._expires = claimed_at + claim.left_ms / 1000
+        self.stream: Stream | None = None
+
+    # ------------------------------------------------------------ what others do to a run
+
+    def stop(self, reason: Stop) -> None:
+        """End the provider call; the first reason stands. After the call it changes nothing."""
+        self._stop = self._stop or reason
+        if reason == "lost" and self.stream is not None:
+            self.stream.fenced = True
+        self._cancel_if_stopped()
+
+    def _cancel_if_stopped(self) -> None:
+        if self._stop is not None and self._calling is not None:
+            self._calling.cancel()
+
+    def renew(self, at: float) -> None:
+        """The lease was renewed by a statement sent at this monotonic time."""
+        self._renewed = at
+        if self.stream is not None:
+            self.stream.valid_until = at + self.process.settings.fence_s
+
+    def check(self, now: float) -> None:
+        """Look at the fence and the deadlines; called a few times a second for all runs."""
+        settings = self.process.settings
+        content = settings.idle_s if self.answer.begun else settings.first_byte_s
+        if now - self._renewed > settings.fence_s:
+            self.stop("lost")
+        elif now > self._expires:
+            self.stop("expired")
+        elif self._calling is None:
+            return
+        elif now - self._started > settings.attempt_s:
+            self.stop("too_long")
+        elif now - self._heard > content:
+            self.stop("stalled")
+
+    # ------------------------------------------------------------ its own life
+
+    async def go(self) -> Report | None:
+        """Stream the answer and write the one finish; None if the attempt was no longer ours."""
+        process, claim = self.process, self.claim
+        self.stream = await process.publisher.open(claim.job_id, claim.attempt, claim.age_ms)
+        self.renew(self._renewed)
+        first = events.STARTED if claim.attempt == 1 else events.RESET
+        self.stream.add(first, attempt=claim.attempt, model=f"{claim.provider}:{claim.model}")
+        try:
+            finish = await self._call()
+        except ProviderError as error:
+            return await self._after_error(error)
+        except BackchannelError as error:
+            return await self._finish(FAILED, error_code=error.code, error_message=error.message)
+        except _Stopped as stopped:
+            return await self._after_stop(stopped.reason)
+        except Exception as error:
+            # a defect of ours: the job ends with it rather than loop, the log has where, not what
+            log.exception("A job failed by a defect of this software.", job=claim.job_id)
+            return await self._finish(
+                FAILED, error_code="internal_error", error_message=type(error).__name__
+            )
+        return await self._finish(SUCCEEDED, finish_reason=finish.reason)
+
+    async def _call(self) -> Finish:
+        """Put the call on record, make it, and take its events as they come."""
+        claim = self.claim
+        self.provider = self.process.registry.get(claim.provider)
+        if self._stop is not None:
+            raise _Stopped(self._stop)
+        if not await self.process.persist(lambda c: lifecycle.mark_call(c, claim)):
+            raise _Stopped("lost")
+        self.called = True
+        self._started = self._heard = time.monotonic()
+        self._calling = asyncio.create_task(self._answer(self.provider), name=claim.job_id)
+        self._cancel_if_stopped()  # a stop that came while the call was put on record
+        try:
+            return await self._calling
+        except asyncio.CancelledError:
+            if self._stop is None:
+                raise
+            raise _Stopped(self._stop) from None
+        finally:
+            self._calling = None
+
+    async def _answer(self, provider: Provider) -> Finish:
+        claim, settings = self.claim, self.process.settings
+        request = ChatRequest(
+            provider=provider,
+            model=claim.model,
+            messages=claim.messages,
+            parameters=claim.parameters,
+            stream=claim.stream,
+            line_cap=settings.max_line_bytes,
+            answer_cap=settings.max_answer_bytes,
+        )
+        chat = adapter_for(provider)
+        take = self.answer.taker(self.stream if claim.stream else None)
+        async with (
+            self.process.clients.use(provider) as client,
+            contextlib.aclosing(chat(client, request)) as said,  # type: ignore[type-var]
+        ):
+            async for event in said:
+                self._heard = time.monotonic()
+                if type(event) is Finish:
+                    return event
+                take(event)
+        raise ProviderError("The adapter ended without a finish.", code="truncated")
+
+    async def _after_error(self, error: ProviderError) -> Report | None:
+        claim = self.claim
+        log.info(
+            "A provider call failed.",
+            job=claim.job_id,
+            attempt=claim.attempt,
+            code=error.code,
+            error=error.message,
+        )
+        delay_s = retry_delay_s(error, claim, self.process.settings)
+        if delay_s is None:
+            return await self._finish(FAILED, error_code=error.code, error_message=error.message)
+        spent = self._spent(complete=False)
+        kept = await self._write(
+            lambda c: lifecycle.retry_later(
+                c,
+                claim,
+                delay_s=delay_s,
+                burns_attempt=error.policy.burns_attempt,
+                error_code=error.code,
+                error_message=error.message,
+                spent=spent,
+            )
+        )
+        if not kept or self.stream is None:
+            return None
+        self.stream.add(
+            events.RETRYING,
+            attempt=claim.attempt,
+            code=error.code,
+            message=error.message,
+            delay_ms=int(delay_s * 1000),
+        )
+        return self._report(f"retrying after {error.code}", spent)
+
+    async def _after_stop(self, reason: Stop) -> Report | None:
+        match reason:
+            case "lost":
+                return None
+            case "handed_back":
+                spent = self._spent(complete=False)
+                back = await self._write(lambda c: lifecycle.hand_back(c, self.claim, spent))
+                return self._report("handed back", spent) if back else None
+            case "cancelled":
+                return await self._finish(CANCELLED)
+            case "expired":
+                return await self._finish(
+                    EXPIRED, error_code="expired", error_message="The job's deadline passed."
+                )
+            case "stalled" | "too_long":
+                limit = "content" if reason == "stalled" else "end"
+                return await self._after_error(
+                    ProviderError(f"No {limit} within the deadline.", code="stalled")
+                )
+
+    async def _finish(
+        self,
+        state: str,
+        *,
+        finish_reason: str | None = None,
+        error_code: str | None = None,
+        error_message: str | None = None,
+    ) -> Report | None:
+        spent = self._spent(complete=state == SUCCEEDED)
+        assert self.stream is not None
+        end = end_fields(
+            state, finish_reason, spent.as_json() if spent else None, error_code, error_message
+        )
+        closed = self.stream.closing(end)
+        outcome = books.Outcome(
+            state=state,
+            log=events.pack_log(closed),
+            finish_reason=finish_reason,
+            message=self.answer.message(),
+            error_code=error_code,
+            error_message=error_message,
+            spent=spent,
+        )
+        finished = await self._write(lambda c: lifecycle.finish(c, self.claim, outcome))
+        if not finished:
+            return None
+        self.stream.end(closed)
+        await self.process.ring(finished.next)
+        return self._report(state, spent)
+
+    async def _write(self, work: Work[T]) -> T | None:
+        """Write what ends the attempt; a database that stays away leaves it to the reaper."""
+        try:
+            return await self.process.persist(work)
+        except Unavailable as error:
+            log.error(
+                "An attempt's end could not be written; its job runs again when the lease is over.",
+                job=self.claim.job_id,
+                error=str(error),
+            )
+            return None
+
+    def _spent(self, *, complete: bool) -> books.Spent | None:
+        """What the attempt spent; None if no call was made, ``unknown`` if nobody told."""
+        if not self.called:
+            return None
+        usage = self.answer.usage
+        if usage is None or self.provider is None:
+            return books.Spent("unknown", None)
+        tokens = Tokens(
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cached_tokens,
+            usage.cache_write_tokens,
+            usage.reasoning_tokens,
+        )
+        cost = price(self.provider, self.claim.model, tokens)
+        return books.Spent("final" if complete else "partial", tokens, cost.nanousd, cost.date)
+
+    def _report(self, state: str, spent: books.Spent | None) -> Report:
+        model = f"{self.claim.provider}:{self.claim.model}"
+        if spent is None or spent.tokens is None:
+            return Report(self.claim.job_id, state, model)
+        cost = "price unknown" if spent.cost_nanousd is None else f"${spent.cost_nanousd / 1e9:.6f}"
+        tokens = f"{spent.tokens.input}+{spent.tokens.output} tokens"
+        return Report(self.claim.job_id, state, model, tokens, cost)
+
+
+class _Stopped(Exception):
+    """The provider call was ended by `Run.stop`."""
+
+    def __init__(self, reason: Stop) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def retry_delay_s(error: ProviderError, claim: Claim, settings: Settings) -> float | None:
+    """How long to wait before the next attempt; None: no next attempt.
+
+    Full jitter up to a ceiling, as in "Exponential Backoff And Jitter" (Brooker, AWS, 2015); never
+    under the provider's Retry-After, never past the job's deadline.
+    """
+    policy = error.policy
+    if not policy.retryable:
+        return None
+    if policy.burns_attempt and claim.retries >= settings.max_retries:
+        return None
+    steps = claim.retries if policy.burns_attempt else claim.attempt - 1
+    ceiling = min(settings.backoff_max_s, BACKOFF_BASE_S * 2 ** min(steps, 16))
+    delay = max(random.uniform(0, ceiling), error.retry_after_s or 0)
+    return delay if delay * 1000 < claim.left_ms else None

@@ -1,0 +1,52 @@
+"""Starts Celery with our pool, queues and hooks: one worker process."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+
+import structlog
+from backchannel.logs import configure
+from celery.signals import worker_ready
+from celery.worker import WorkController
+
+from backchannel.db import migrate
+from backchannel.settings import get_settings
+from backchannel.tables import LANES
+
+log = structlog.get_logger()
+
+
+def run(jobs_in_flight: int | None = None) -> int:
+    """Run one worker process until it is told to stop; returns its exit code."""
+    settings = get_settings()
+    slots = jobs_in_flight or settings.jobs_in_flight
+    configure(settings, "worker")
+    migrate(settings.database)
+    for chatter in ("celery.worker.strategy", "celery.app.trace"):
+        # a line per job received and done, with the tracer's runtime, not the coroutine's
+        logging.getLogger(chatter).setLevel(logging.WARNING)
+    from workers.pool import AsyncioPool
+    from workers.tasks import app
+
+    @worker_ready.connect(weak=False)
+    def _ready(**_: object) -> None:
+        # what lives now lives for ever: the collector need not look at it again
+        gc.collect()
+        gc.freeze()
+        log.info("The worker is ready.", pid=os.getpid(), jobs_in_flight=slots, lanes=LANES)
+
+    worker: WorkController = app.Worker(
+        hostname=f"worker-{os.getpid()}@{socket.gethostname()}",
+        pool_cls=AsyncioPool,
+        concurrency=slots,
+        loglevel=settings.log_level.upper(),
+        # workers need not know each other: the database and the caretaker are their agreement
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)

@@ -1,0 +1,148 @@
+"""A Celery pool that runs each task as a coroutine on the process's event loop.
+
+The task begins when its coroutine begins and ends when it ends, so Flower's runtimes are true, and
+no thread waits for it. Finished coroutines come back through an eventfd that Celery's hub watches:
+the tracer, the acknowledgement and every other broker call stay on the main thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import structlog
+from billiard.einfo import ExceptionInfo
+from celery.concurrency.base import BasePool
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+from kombu.serialization import loads
+
+from workers.process import get_process
+
+log = structlog.get_logger()
+
+HAND_BACK_S = 5.0  # to write the hand-backs of all running jobs, in one group commit or two
+
+
+class _Flight(NamedTuple):
+    """One task in flight: what Celery wants called, and when it started."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    callback: Callable[..., Any]
+    started: float
+    future: Future[Any]
+
+
+class AsyncioPool(BasePool):
+    """At most `limit` coroutines in flight; Celery's prefetch keeps to it."""
+
+    signal_safe = False
+    task_join_will_block = False
+
+    def on_start(self) -> None:
+        """Open the process: loop, database, Redis, clients."""
+        self.process = get_process(slots=self.limit)
+        self._landed: deque[_Flight] = deque()
+        self._in_flight = 0
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._grace_ends: float | None = None
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Called at every (re)connection to the broker: the hub forgets its readers."""
+        hub.add_reader(self._bell, self._land)
+
+    def on_apply(
+        self,
+        target: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        callback: Callable[..., Any] | None = None,
+        accept_callback: Callable[..., Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Start a task's coroutine; `target` is Celery's tracer, called when it has finished."""
+        name, _uuid, _request, body, content_type, encoding = args
+        task = self.app.tasks[name]
+        task_args, _kwargs, _embed = loads(body, content_type, encoding, accept={content_type})
+        started = time.monotonic()
+        if accept_callback is not None:
+            accept_callback(os.getpid(), started)
+        self._in_flight += 1
+        future = self.process.submit(task.coroutine(*task_args))
+        flight = _Flight(target, args, callback or _nobody, started, future)
+
+        def landed(_: Future[Any]) -> None:  # on the loop's thread
+            self._landed.append(flight)
+            os.eventfd_write(self._bell, 1)
+
+        future.add_done_callback(landed)
+
+    def _land(self, *_: Any) -> None:
+        """Finish what has come back: on the main thread, under Celery's own tracer."""
+        try:
+            os.eventfd_read(self._bell)
+        except BlockingIOError:
+            return
+        while self._landed:
+            flight = self._landed.popleft()
+            self._in_flight -= 1
+            task = self.app.tasks[flight.args[0]]
+            task.finished = flight.future
+            try:
+                failed, result, _ = flight.target(*flight.args)
+            except (WorkerShutdown, WorkerTerminate):
+                raise
+            except BaseException:
+                flight.callback((1, ExceptionInfo(), 0.0))
+            else:
+                flight.callback((failed, result, time.monotonic() - flight.started))
+            finally:
+                task.finished = None
+
+    def on_close(self) -> None:
+        """The first SIGTERM: claim nothing more. From here on the next one means: now."""
+        self.process.drain()
+        self._grace_ends = time.monotonic() + self.process.settings.grace_s
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hurry)
+        if self._in_flight:
+            log.info(
+                "Stopping: running jobs may finish, the rest goes back to the queue.",
+                jobs=self._in_flight,
+                grace_s=self.process.settings.grace_s,
+            )
+
+    def _hurry(self, _number: int, _frame: Any) -> None:
+        self._grace_ends = 0.0
+
+    def on_stop(self) -> None:
+        """Wait for what fits in the grace time, hand the rest back, close the process."""
+        self._wait_until(lambda: self._grace_ends or 0.0)
+        if self._in_flight:
+            log.info("Handing running jobs back to the queue.", jobs=self._in_flight)
+            self.process.hand_back_all()
+            deadline = time.monotonic() + HAND_BACK_S
+            self._wait_until(lambda: deadline)
+        self.process.close()
+        os.close(self._bell)
+
+    def on_terminate(self) -> None:
+        """Cold shutdown: as `on_stop` without the grace."""
+        self._grace_ends = 0.0
+        self.on_stop()
+
+    def _wait_until(self, deadline: Callable[[], float]) -> None:
+        # Celery's hub does not run while the pool stops, so this watches the eventfd itself
+        while self._in_flight and time.monotonic() < deadline():
+            select.select([self._bell], [], [], 0.1)
+            self._land()
+
+
+def _nobody(_: Any) -> None:
+    """No callback was given."""

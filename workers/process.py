@@ -1,0 +1,163 @@
+"""What one worker process owns: the loop and its thread, database, Redis, clients, running jobs.
+
+Opened after fork at first use, closed at exit. Everything here but `submit` and `close` belongs to
+the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import stamina
+import uvloop
+
+from backchannel import lifecycle
+from backchannel.books import Doorbell
+from backchannel.bus import Publisher
+from backchannel.db import Database, Work
+from backchannel.errors import Unavailable
+from backchannel.pubsub import OUTAGE, Listener, connect
+from backchannel.queue import ring
+from backchannel.registry import get_registry
+from backchannel.settings import Settings, get_settings
+from workers import caretaker, heart
+from workers.clients import ClientCache
+from workers.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from workers.engine import Run, Stop
+
+T = TypeVar("T")
+
+
+class Process:
+    """One worker process's long-lived things."""
+
+    def __init__(self, settings: Settings, slots: int) -> None:
+        self.settings = settings
+        self.slots = slots
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
+        self.draining = False
+        self.runs: dict[tuple[str, int], Run] = {}
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._live, name="engine-loop", daemon=True)
+
+    def open(self) -> Process:
+        """Start the loop and open everything; returns when the process can run jobs."""
+        self._thread.start()
+        self._ready.result()
+        return self
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the loop, from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def drain(self) -> None:
+        """Take no more jobs."""
+        self.draining = True
+
+    def hand_back_all(self) -> None:
+        """Stop every running job and put it back at the head of the line, now."""
+        self.loop.call_soon_threadsafe(self._stop_all, "handed_back")
+
+    def close(self) -> None:
+        """Close everything and end the loop's thread; what still runs is left to the reaper."""
+        self.loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join(timeout=15)
+
+    def _live(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._main())
+
+    async def _main(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._closing = asyncio.Event()
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await self._open(stack)
+            except BaseException as error:
+                self._ready.set_exception(error)
+                raise
+            self._ready.set_result(None)
+            await self._closing.wait()
+
+    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
+        settings = self.settings
+        self.db = Database(settings.database, name="worker")
+        stack.callback(self.db.close)
+        self.redis = connect(settings.redis)
+        stack.push_async_callback(self.redis.aclose)
+        self.registry = get_registry()
+        self.clients = ClientCache(settings)
+        stack.push_async_callback(self.clients.aclose)
+        self.publisher = Publisher(self.redis, settings.redis_prefix)
+        stack.push_async_callback(self.publisher.close)
+        self.listener = Listener(self.redis, f"{settings.redis_prefix}cancel")
+        stack.push_async_callback(self.listener.close)
+        self.watchdog = Watchdog(self.loop)
+        stack.callback(self.watchdog.close)
+        await self.db.write(
+            lambda c: lifecycle.sign_on(
+                c, self.owner, socket.gethostname(), os.getpid(), self.slots
+            )
+        )
+        stack.push_async_callback(self._sign_off)
+        for name, habit in (*heart.habits(self), *caretaker.habits(self)):
+            self._keep(stack, name, habit)
+
+    def _keep(
+        self, stack: contextlib.AsyncExitStack, name: str, habit: Coroutine[Any, Any, None]
+    ) -> None:
+        task = asyncio.create_task(habit, name=name)
+
+        async def stop() -> None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+        stack.push_async_callback(stop)
+
+    async def _sign_off(self) -> None:
+        with contextlib.suppress(Unavailable):
+            await self.db.write(lambda c: lifecycle.sign_off(c, self.owner))
+
+    # ------------------------------------------------------------ for the engine
+
+    async def persist(self, work: Work[T]) -> T:
+        """Write, and if the database is away try again for as long as our leases may live."""
+        async for attempt in stamina.retry_context(
+            on=Unavailable, attempts=None, timeout=self.settings.fence_s, wait_max=2.0
+        ):
+            with attempt:
+                return await self.db.write(work)
+        raise AssertionError("unreachable")
+
+    async def ring(self, bell: Doorbell | None) -> None:
+        """Ring for a job that may run now; the dispatcher does it if Redis will not."""
+        if bell is not None:
+            with contextlib.suppress(*OUTAGE):
+                await ring(self.redis, self.settings.redis_prefix, [bell])
+
+    def _stop_all(self, reason: Stop) -> None:
+        for run in list(self.runs.values()):
+            run.stop(reason)
+
+
+_process: tuple[int, Process] | None = None
+
+
+def get_process(slots: int | None = None) -> Process:
+    """This process's own, opened at first use and again after a fork."""
+    global _process
+    pid = os.getpid()
+    if _process is None or _process[0] != pid:
+        settings = get_settings()
+        _process = (pid, Process(settings, slots or settings.jobs_in_flight).open())
+    return _process[1]
