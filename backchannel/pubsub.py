@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -39,14 +38,25 @@ def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
     return client
 
 
+class _Channel:
+    """Who reads a channel, and whether Redis has confirmed it."""
+
+    def __init__(self) -> None:
+        self.queues: set[asyncio.Queue[bytes | None]] = set()
+        self.asked = False
+        self.confirmed = asyncio.Event()
+
+
 class Listener:
     """One process's one pub/sub connection, shared by everything that listens there."""
 
     def __init__(self, redis: Redis, keepalive: str) -> None:
+        self._redis = redis
         self._pubsub = redis.pubsub()
         self._keepalive = keepalive  # a channel always subscribed, so that there is a connection
-        self._queues: dict[str, set[asyncio.Queue[bytes | None]]] = defaultdict(set)
-        self._confirmed: dict[str, asyncio.Event] = {}
+        self._channels: dict[str, _Channel] = {}
+        # one at a time, or a reader's farewell could overtake the next reader's subscription
+        self._asking = asyncio.Lock()
         self._task = asyncio.create_task(self._listen_forever(), name="pubsub-listener")
 
     async def close(self) -> None:
@@ -58,34 +68,35 @@ class Listener:
             await self._pubsub.aclose()  # type: ignore[no-untyped-call]
 
     @contextlib.asynccontextmanager
-    async def subscribed(self, channel: str) -> AsyncIterator[asyncio.Queue[bytes | None]]:
+    async def subscribed(self, name: str) -> AsyncIterator[asyncio.Queue[bytes | None]]:
         """Messages of a channel from now on; None means some may have been missed.
 
         Waits up to 1 s for Redis to confirm, so that what is read afterwards has no gap before it.
         """
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1000)
-        readers = self._queues[channel]
-        readers.add(queue)
+        channel = self._channels.setdefault(name, _Channel())
+        channel.queues.add(queue)
         try:
-            if len(readers) == 1:
-                self._confirmed[channel] = asyncio.Event()
-                with contextlib.suppress(*OUTAGE):
-                    await self._pubsub.subscribe(channel)
+            async with self._asking:
+                if not channel.asked:
+                    channel.asked = True
+                    with contextlib.suppress(*OUTAGE):
+                        await self._pubsub.subscribe(name)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._confirmed[channel].wait(), timeout=1.0)
+                await asyncio.wait_for(channel.confirmed.wait(), timeout=1.0)
             yield queue
         finally:
-            readers.discard(queue)
-            if not readers:
-                self._queues.pop(channel, None)
-                self._confirmed.pop(channel, None)
-                with contextlib.suppress(*OUTAGE):
-                    await self._pubsub.unsubscribe(channel)
+            channel.queues.discard(queue)
+            async with self._asking:
+                if not channel.queues and self._channels.get(name) is channel:
+                    del self._channels[name]
+                    with contextlib.suppress(*OUTAGE):
+                        await self._pubsub.unsubscribe(name)
 
     async def _listen_forever(self) -> None:
         while True:
             try:
-                await self._pubsub.subscribe(self._keepalive, *self._queues)
+                await self._pubsub.subscribe(self._keepalive, *self._channels)
                 self._all_missed()
                 heard = time.monotonic()
                 while time.monotonic() - heard < SILENCE_S:
@@ -99,21 +110,24 @@ class Listener:
             except OUTAGE as error:
                 log.debug("The pub/sub connection broke; connecting again.", error=str(error))
                 with contextlib.suppress(*OUTAGE):
-                    await self._pubsub.reset()
+                    await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+                self._pubsub = self._redis.pubsub()
                 await asyncio.sleep(0.5)
 
     def _deliver(self, message: dict[str, Any]) -> None:
-        channel = message["channel"]
-        name = channel.decode() if isinstance(channel, bytes) else channel
-        if message["type"] == "subscribe" and name in self._confirmed:
-            self._confirmed[name].set()
+        name = message["channel"]
+        channel = self._channels.get(name.decode() if isinstance(name, bytes) else name)
+        if channel is None:
+            return
+        if message["type"] == "subscribe":
+            channel.confirmed.set()
         elif message["type"] == "message":
-            for queue in self._queues.get(name, ()):
+            for queue in channel.queues:
                 _offer(queue, message["data"])
 
     def _all_missed(self) -> None:
-        for readers in self._queues.values():
-            for queue in readers:
+        for channel in self._channels.values():
+            for queue in channel.queues:
                 _offer(queue, None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ class Run:
         self.called = False
         self._stop: Stop | None = None
         self._calling: asyncio.Task[Finish] | None = None
-        self._started = self._heard = claimed_at
+        # monotonic; infinite until the call is made: a process's first call imports its SDK before
+        self._asked = self._heard = math.inf
         self._renewed = claimed_at
         self._expires = claimed_at + claim.left_ms / 1000
         self.stream: Stream | None = None
@@ -118,7 +120,7 @@ class Run:
             self.stop("expired")
         elif self._calling is None:
             return
-        elif now - self._started > settings.attempt_s:
+        elif now - self._asked > settings.attempt_s:
             self.stop("too_long")
         elif now - self._heard > content:
             self.stop("stalled")
@@ -157,7 +159,6 @@ class Run:
         if not await self.process.persist(lambda c: lifecycle.mark_call(c, claim)):
             raise _Stopped("lost")
         self.called = True
-        self._started = self._heard = time.monotonic()
         self._calling = asyncio.create_task(self._answer(self.provider), name=claim.job_id)
         self._cancel_if_stopped()  # a stop that came while the call was put on record
         try:
@@ -186,6 +187,7 @@ class Run:
             self.process.clients.use(provider) as client,
             contextlib.aclosing(chat(client, request)) as said,  # type: ignore[type-var]
         ):
+            self._asked = self._heard = time.monotonic()
             async for event in said:
                 self._heard = time.monotonic()
                 if type(event) is Finish:

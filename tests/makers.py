@@ -1,0 +1,123 @@
+"""Short ways to bring a job where a test needs it, and to look at all that is on record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select, text
+
+from backchannel import lifecycle
+from backchannel.accept import Accepted, NewJob, accept
+from backchannel.books import Outcome, Spent
+from backchannel.db import Database, now_ms
+from backchannel.events import END, encode, pack_log
+from backchannel.lifecycle import Claim
+from backchannel.pricing import Tokens
+from backchannel.tables import INTERACTIVE, SUCCEEDED, Job, jobs, sessions
+
+LEASE_S = 20.0
+SPENT = Spent("final", Tokens(12, 3, cached=4), cost_nanousd=1_700, price_date="2026-01-01 test")
+
+
+def new_job(**changes: Any) -> NewJob:
+    """A job as the API hands it to `accept`."""
+    usual: dict[str, Any] = {
+        "caller": "alice",
+        "lane": INTERACTIVE,
+        "provider": "echo",
+        "model": "echo-1",
+        "requested_model": None,
+        "model_reason": "test",
+        "messages": [{"role": "user", "content": "Hello?"}],
+        "parameters": {"max_tokens": 5},
+        "request_hash": "hash of Hello?",
+        "deadline_s": 3600.0,
+    }
+    return NewJob(**usual | changes)
+
+
+def accepted(database: Database, **changes: Any) -> Accepted:
+    """A job in the database."""
+    return database.write_now(lambda c: accept(c, new_job(**changes)))
+
+
+def queued(database: Database, **changes: Any) -> str:
+    """The id of a job in the database."""
+    return accepted(database, **changes).job_id
+
+
+def claimed(database: Database, job_id: str, owner: str = "worker-1") -> Claim:
+    """A running attempt at a job."""
+    claim = database.write_now(lambda c: lifecycle.claim(c, job_id, owner, LEASE_S))
+    assert claim is not None, f"{job_id} could not be claimed"
+    return claim
+
+
+def calling(database: Database, job_id: str, owner: str = "worker-1") -> Claim:
+    """A running attempt whose provider call is on record."""
+    claim = claimed(database, job_id, owner)
+    assert database.write_now(lambda c: lifecycle.mark_call(c, claim))
+    return claim
+
+
+def outcome(state: str = SUCCEEDED, **changes: Any) -> Outcome:
+    """How an attempt ends."""
+    log = pack_log([encode(0, END, {"state": state})])
+    usual: dict[str, Any] = {"state": state, "log": log, "spent": SPENT}
+    if state == SUCCEEDED:
+        usual |= {"finish_reason": "stop", "message": {"role": "assistant", "content": "Hello."}}
+    else:
+        usual |= {"error_code": f"why_{state}", "error_message": f"It {state}."}
+    return Outcome(**usual | changes)
+
+
+def finished(database: Database, state: str = SUCCEEDED, **changes: Any) -> str:
+    """The id of a job that one attempt brought to its end."""
+    job_id = queued(database, **changes)
+    claim = calling(database, job_id)
+    assert database.write_now(lambda c: lifecycle.finish(c, claim, outcome(state)))
+    return job_id
+
+
+def session(database: Database, session_id: str = "sess_1", caller: str = "alice") -> str:
+    """A conversation with Echo."""
+    row = {
+        "id": session_id, "caller": caller, "provider": "echo", "model": "echo-1",
+        "model_version": 1, "last_seq": 0, "meta": {}, "created_ms": 1, "updated_ms": 1,
+    }  # fmt: skip
+    database.write_now(lambda c: c.execute(sessions.insert(), row))
+    return session_id
+
+
+def change(database: Database, job_id: str, **values: Any) -> None:
+    """Put a job's row where time would have brought it."""
+    database.write_now(lambda c: c.execute(jobs.update().where(jobs.c.id == job_id), values))
+
+
+def ago(database: Database, seconds: float) -> int:
+    """A moment of the past on the database's clock; negative seconds are ahead."""
+    now: int = database.read_now(lambda c: c.execute(select(now_ms())).scalar_one())
+    return now - int(seconds * 1000)
+
+
+def lapse(database: Database, job_id: str) -> None:
+    """The worker of a running job has gone silent for longer than its lease."""
+    change(database, job_id, lease_ms=ago(database, 1))
+
+
+def row(database: Database, job_id: str) -> Any:
+    """A job's row."""
+    return database.read_now(lambda c: c.execute(jobs.select().where(jobs.c.id == job_id)).one())
+
+
+def rows(database: Database, table: str) -> list[dict[str, Any]]:
+    """All rows of a table, in no order one may rely on but always the same."""
+    found = database.read_now(
+        lambda c: c.execute(text(f'SELECT * FROM "{table}"')).mappings().all()
+    )
+    return sorted((dict(each) for each in found), key=repr)
+
+
+def everything(database: Database) -> dict[str, list[dict[str, Any]]]:
+    """All that is on record: two of these are equal when nothing was written in between."""
+    return {table: rows(database, table) for table in Job.metadata.tables}

@@ -1,0 +1,99 @@
+"""What the caretaker mends: dead workers' jobs, poison, cancels and deadlines, lost doorbells."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+from backchannel import lifecycle
+from backchannel.lifecycle import Claim
+from backchannel.queue import queue_length
+from backchannel.tables import BATCH, INTERACTIVE
+from tests.workers.conftest import Bench
+from workers import caretaker, heart
+from workers.process import Process
+
+
+def claimed(bench: Bench, job_id: str, owner: str = "dead") -> Claim:
+    claim = bench.database.write_now(lambda c: lifecycle.claim(c, job_id, owner, 20))
+    assert claim is not None
+    return claim
+
+
+def lapse(bench: Bench) -> None:
+    bench.database.write_now(lambda c: c.exec_driver_sql("UPDATE jobs SET lease_ms = 1"))
+
+
+async def test_a_dead_worker_s_job_goes_back_with_its_call_on_the_books(
+    bench: Bench, process: Process
+) -> None:
+    job_id = bench.accept()
+    claim = claimed(bench, job_id)
+    bench.database.write_now(lambda c: lifecycle.mark_call(c, claim))
+    lapse(bench)
+    process.submit(caretaker.reap(process)).result(timeout=10)
+    job = bench.job(job_id)
+    assert (job.state, job.crashes, job.rank) == ("queued", 1, 0)
+    (usage,) = bench.usage(job_id)
+    assert (usage.source, usage.billable, usage.output_tokens) == ("unknown", 0, None)
+
+
+async def test_a_job_that_kills_workers_fails_as_poison_and_its_stream_ends(
+    bench: Bench, process: Process
+) -> None:
+    job_id = bench.accept()
+    for _ in range(3):
+        bench.database.write_now(lambda c: c.exec_driver_sql("UPDATE jobs SET run_ms = 1"))
+        claimed(bench, job_id)
+        lapse(bench)
+        process.submit(caretaker.reap(process)).result(timeout=10)
+    job = bench.job(job_id)
+    assert (job.state, job.error_code, job.crashes) == ("failed", "poison", 3)
+    end = json.loads(bench.log(job_id)[-1].data)
+    assert (end["state"], end["error"]["code"]) == ("failed", "poison")
+
+
+async def test_cancelled_and_overdue_jobs_end_without_an_attempt(
+    bench: Bench, process: Process
+) -> None:
+    cancelled, late = bench.accept(), bench.accept(deadline_s=0.0)
+    bench.database.write_now(lambda c: lifecycle.request_cancel(c, cancelled, "local"))
+    process.submit(caretaker.close_overdue(process)).result(timeout=10)
+    assert bench.job(cancelled).state == "cancelled"
+    assert (bench.job(late).state, bench.job(late).error_code) == ("expired", "expired")
+    for job_id in (cancelled, late):
+        assert [event.seq for event in bench.log(job_id)] == [0]
+        assert bench.usage(job_id) == []
+
+
+async def test_the_dispatcher_rings_what_was_never_rung_and_not_more_than_its_window(
+    bench: Bench, process: Process
+) -> None:
+    for _ in range(60):
+        bench.accept(lane=BATCH)
+    bench.accept(lane=INTERACTIVE)
+    rung = process.submit(caretaker.ring_due(process, BATCH)).result(timeout=10)
+    prefix = process.settings.redis_prefix
+    waiting = process.submit(queue_length(process.redis, prefix, BATCH)).result(timeout=10)
+    assert rung <= waiting <= caretaker.WINDOW_PER_SLOT * process.slots == 40
+
+
+async def test_a_heartbeat_keeps_leases_and_finds_what_was_lost(
+    bench: Bench, new_process: Callable[[], Process]
+) -> None:
+    process = new_process()
+    job_id = bench.accept("openai:ok-t1000-d20")
+    running = bench.start(process, job_id)
+    while not bench.job(job_id).lease_ms:
+        time.sleep(0.01)
+    before = bench.job(job_id).lease_ms
+    time.sleep(0.01)
+    process.submit(heart.beat(process)).result(timeout=10)
+    assert bench.job(job_id).lease_ms > before
+    bench.database.write_now(
+        lambda c: c.exec_driver_sql("UPDATE jobs SET owner = 'another', attempt = 2")
+    )
+    process.submit(heart.beat(process)).result(timeout=10)
+    assert running.result(timeout=10) is None
+    assert bench.job(job_id).owner == "another"

@@ -1,0 +1,227 @@
+"""One SDK client per (provider id, key, base URL): found again, bounded, closed when unused."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import ssl
+import sys
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import httpx2
+
+from backchannel.errors import ProviderKeyMissing
+from backchannel.registry import Provider
+from backchannel.settings import Settings
+from backchannel.vault import provider_key
+
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
+    from openai import AsyncOpenAI
+
+    Client = AsyncOpenAI | AsyncAnthropic
+
+MAX_CLIENTS = 32  # providers times keys of one process; each holds a connection pool
+CONNECT_S = 15.0  # TCP and TLS
+RESOLVE_AND_CONNECT_S = 30.0  # and the name before it
+MAX_CONNECTIONS = 10_000  # admission bounds the jobs in flight; the pool must not do it again
+KEEP_ALIVE_S = 4.0  # below the 5 s of Node's servers, whose closing would race our next request
+ERROR_BODY_CAP = 64 << 10  # the SDKs read an error's body whole, however long it is
+NO_KEY = "no-key-needed"  # the SDKs insist on one; keyless servers ignore it
+
+SDK = {"openai-compatible": "openai", "anthropic": "anthropic"}
+
+
+class _Key(NamedTuple):
+    provider_id: str
+    key_hash: str
+    base_url: str
+
+
+@dataclass(slots=True)
+class _Entry:
+    client: Client
+    users: int = 0
+    retired: bool = False
+
+
+class ClientCache:
+    """The SDK clients of one process, on one event loop.
+
+    A client lives while it is among the `MAX_CLIENTS` used last or a stream still runs on it. Its
+    base URL and key never change: new ones make a new client beside the old one.
+    """
+
+    def __init__(self, settings: Settings, max_clients: int = MAX_CLIENTS) -> None:
+        self._settings = settings
+        self._max_clients = max_clients
+        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._retired: list[_Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, provider: Provider) -> Client | None:
+        """The client of a provider, None for echo. Calls are made under `use`, which keeps it open.
+
+        Raises:
+            ProviderKeyMissing: The provider needs a key that is not set.
+        """
+        entry = self._entry(provider)
+        return entry.client if entry else None
+
+    @asynccontextmanager
+    async def use(self, provider: Provider) -> AsyncGenerator[Client | None]:
+        """The client of a provider, open until the block ends even if it is evicted meanwhile.
+
+        Raises:
+            ProviderKeyMissing: The provider needs a key that is not set.
+        """
+        sdk = SDK.get(provider.type)
+        if sdk and sdk not in sys.modules:  # 1-2 s of importing, in which other streams go on
+            await asyncio.to_thread(importlib.import_module, sdk)
+        entry = self._entry(provider)
+        if entry is None:
+            yield None
+            return
+        entry.users += 1
+        try:
+            yield entry.client
+        finally:
+            entry.users -= 1
+            await self._close_unused()
+
+    async def reset(self, provider_id: str) -> None:
+        """Forget a provider's clients: its key or address changed. Running streams finish."""
+        for key in [key for key in self._entries if key.provider_id == provider_id]:
+            self._retire(key)
+        await self._close_unused()
+
+    async def aclose(self) -> None:
+        """Close every client, also those in use: the process ends."""
+        for key in list(self._entries):
+            self._retire(key)
+        for entry in self._retired:
+            entry.users = 0
+        await self._close_unused()
+
+    def _entry(self, provider: Provider) -> _Entry | None:
+        if provider.type == "echo":
+            return None
+        secret = provider_key(provider, self._settings)
+        if secret is None and provider.needs_key:
+            raise ProviderKeyMissing(
+                f"Provider '{provider.id}' has no key. Set "
+                f"{provider.key_env or 'its key'} where the workers start.",
+                param="model",
+            )
+        secret = secret or NO_KEY
+        key = _Key(provider.id, hashlib.sha256(secret.encode()).hexdigest(), provider.base_url)
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry(_MAKE[provider.type](provider.base_url, secret))
+            while len(self._entries) > self._max_clients:
+                self._retire(next(iter(self._entries)))
+        self._entries.move_to_end(key)
+        return entry
+
+    def _retire(self, key: _Key) -> None:
+        entry = self._entries.pop(key)
+        entry.retired = True
+        self._retired.append(entry)
+
+    async def _close_unused(self) -> None:
+        unused = [entry for entry in self._retired if entry.users == 0]
+        # removed before the first await, so no two callers close the same client
+        self._retired = [entry for entry in self._retired if entry.users > 0]
+        for entry in unused:
+            await entry.client.close()
+
+
+def _openai(base_url: str, key: str) -> AsyncOpenAI:
+    from openai import AsyncOpenAI, DefaultAioHttpClient
+
+    client = AsyncOpenAI(
+        api_key=key,
+        base_url=base_url,
+        max_retries=0,
+        timeout=_timeout(),
+        http_client=DefaultAioHttpClient(**_transport()),
+    )
+    # None and {} as arguments mean "look into the environment": OPENAI_ORG_ID, OPENAI_PROJECT_ID
+    # and OPENAI_CUSTOM_HEADERS would go to whatever server this is.
+    client.organization = None
+    client.project = None
+    client._custom_headers = {}
+    return client
+
+
+def _anthropic(base_url: str, key: str) -> AsyncAnthropic:
+    from anthropic import AsyncAnthropic, DefaultAioHttpClient
+
+    client = AsyncAnthropic(
+        api_key=key,
+        base_url=base_url,
+        max_retries=0,
+        timeout=_timeout(),
+        open_telemetry=False,  # the engine has a span of its own for the call
+        http_client=DefaultAioHttpClient(**_transport()),
+    )
+    client._custom_headers = {}  # ANTHROPIC_CUSTOM_HEADERS, as above
+    return client
+
+
+_MAKE: dict[str, Any] = {"openai-compatible": _openai, "anthropic": _anthropic}
+
+
+def _timeout() -> httpx2.Timeout:
+    """No read timeout: keep-alive comments defeat it, and the engine watches the content itself."""
+    return httpx2.Timeout(None, connect=CONNECT_S, pool=RESOLVE_AND_CONNECT_S)
+
+
+def _transport() -> dict[str, Any]:
+    return {
+        "timeout": _timeout(),
+        "limits": httpx2.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEP_ALIVE_S),
+        "follow_redirects": False,
+        "trust_env": False,
+        "verify": _tls(),
+        "event_hooks": {"response": [_cap_error_body]},
+    }
+
+
+@lru_cache(maxsize=1)
+def _tls() -> ssl.SSLContext:
+    """One TLS context for all: loading the certificates takes tens of milliseconds.
+
+    Proxies of the environment are refused, its certificates (SSL_CERT_FILE) are not: a company's
+    own authority is the operator's word about this machine.
+    """
+    return httpx2.create_ssl_context()
+
+
+class _Capped(httpx2.AsyncByteStream):
+    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = ERROR_BODY_CAP
+        async for chunk in self._stream:
+            yield chunk[:left]
+            left -= len(chunk)
+            if left <= 0:
+                return
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _cap_error_body(response: httpx2.Response) -> None:
+    if not response.is_success and isinstance(response.stream, httpx2.AsyncByteStream):
+        response.stream = _Capped(response.stream)
