@@ -61,7 +61,7 @@ class OpenAI:
             frames += self._chunk({"refusal": "no"})
         if kind not in ("done", "silent"):
             frames += self._chunk({}, _finish(kind))
-        if kind == "nodone":
+        if kind in ("nodone", "cutend", "nostop"):
             return frames
         options = call.body.get("stream_options") or {}
         if options.get("include_usage") and kind != "nousage":
@@ -146,7 +146,7 @@ class Anthropic:
         delta = {"stop_reason": _stop(kind), "stop_sequence": None}
         usage = {"usage": {"output_tokens": call.usage()[2]}} if kind != "nousage" else {}
         frames += _event("message_delta", delta=delta, **usage)
-        return frames if kind == "nodone" else frames + _event("message_stop")
+        return frames if kind in ("nodone", "cutend", "nostop") else frames + _event("message_stop")
 
     def stream_error(self, status: int) -> bytes:
         return _event(

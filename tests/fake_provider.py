@@ -22,6 +22,8 @@ and options joined by dashes, as in ``ok-t128-d20-f100`` or ``status-429-ra2``.
     filter, refusal      the content filter ends it; the model declines
     nousage              ok, but says nothing of usage
     nodone               a finish reason, then the connection stays open
+    cutend, nostop       a finish reason, then the connection breaks; the body ends
+    late                 ok, but the body ends 30 ms after the end marker
     done, silent         the end marker without finish reason: after the tokens; after nothing
     echo                 the request as it came: {"path", "headers", "body"}, as the answer's text
     json200              plain JSON whatever was asked       sse200    a stream whatever was asked
@@ -295,7 +297,7 @@ class FakeProvider:
         self, request: web.Request, response: web.StreamResponse, call: Call
     ) -> web.StreamResponse:
         call.outcome = call.script.kind if call.script.kind in ("cut", "noend", "half") else "ok"
-        if call.script.kind == "cut":
+        if call.script.kind in ("cut", "cutend"):
             assert request.transport
             request.transport.close()
         return response
@@ -338,6 +340,8 @@ class FakeProvider:
             await writer.write(dialect.end(call))
         if script.kind == "nodone":
             await asyncio.sleep(3600)
+        if script.kind == "late":
+            await asyncio.sleep(0.03)
         return await self._close(request, response, call)
 
 

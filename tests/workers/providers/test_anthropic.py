@@ -254,9 +254,20 @@ async def test_usage_comes_early(ask: Asker) -> None:
     assert heard.events[0] == Usage(PROMPT_TOKENS, 1)
 
 
-async def test_connections_are_used_again(ask: Asker) -> None:
+@pytest.mark.parametrize(("model", "code"), [("cutend", "disconnected"), ("nostop", "truncated")])
+async def test_a_stop_reason_without_message_stop_is_no_end(
+    ask: Asker, model: str, code: str
+) -> None:
+    heard = await ask("anthropic", model)
+    assert heard.error
+    assert heard.error.code == code
+    assert heard.finish is None
+
+
+@pytest.mark.parametrize("model", ["ok-t2", "late-t2"])
+async def test_connections_are_used_again(ask: Asker, model: str) -> None:
     for _ in range(5):
-        assert (await ask("anthropic", "ok-t2")).finish
+        assert (await ask("anthropic", model)).finish
     assert ask.fake.connections == 1
 
 

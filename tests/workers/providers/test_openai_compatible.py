@@ -147,9 +147,20 @@ async def test_a_server_that_never_closes_cannot_hold_a_whole_answer(
     assert time.monotonic() - started < 5
 
 
-async def test_connections_are_used_again(ask: Asker) -> None:
+@pytest.mark.parametrize("model", ["cutend-t2", "nostop-t2"])
+async def test_a_connection_that_breaks_after_the_finish_reason_takes_nothing_back(
+    ask: Asker, model: str
+) -> None:
+    heard = await ask("openai", model)
+    assert heard.error is None
+    assert heard.finish
+    assert heard.text == "w0 w1 "
+
+
+@pytest.mark.parametrize("model", ["ok-t2", "late-t2"])
+async def test_connections_are_used_again(ask: Asker, model: str) -> None:
     for _ in range(5):
-        assert (await ask("openai", "ok-t2")).finish
+        assert (await ask("openai", model)).finish
     assert ask.fake.connections == 1
 
 
