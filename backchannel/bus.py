@@ -337,7 +337,7 @@ async def follow(
     """
     last = after
     async with listener.subscribed(keys_of(prefix, job_id).channel) as queue:
-        fresh = await _catch_up(redis, prefix, stored, job_id, last)
+        fresh, finished = await _catch_up(redis, prefix, stored, job_id, last)
         while True:
             for event in fresh:
                 if event.seq > last:
@@ -345,22 +345,25 @@ async def follow(
                     yield event
                     if event.type == events.END:
                         return
+            if finished:  # also when the reader had the end already
+                return
             try:
                 message = await asyncio.wait_for(queue.get(), timeout=ROLL_CALL_S)
             except TimeoutError:
                 message = None
             fresh = [] if message is None else [events.decode(e) for e in message.split(b"\n")]
             if not fresh or fresh[0].seq > last + 1:
-                fresh = await _catch_up(redis, prefix, stored, job_id, last)
+                fresh, finished = await _catch_up(redis, prefix, stored, job_id, last)
 
 
 async def _catch_up(
     redis: Redis, prefix: str, stored: Stored, job_id: str, last: int
-) -> list[Event]:
-    finished = await stored(job_id)
-    if finished is not None:
-        return [event for event in finished if event.seq > last]
+) -> tuple[list[Event], bool]:
+    """The events above `last` that are to be had now, and whether they are all there will be."""
+    whole = await stored(job_id)
+    if whole is not None:
+        return whole, True
     try:
-        return await read_log(redis, prefix, job_id, last)
+        return await read_log(redis, prefix, job_id, last), False
     except OUTAGE:
-        return []
+        return [], False

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +99,7 @@ class Database:
         self.engine = create(url)
         self._readers = ThreadPoolExecutor(4, thread_name_prefix=f"{name}-db-reader")
         self._queue: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._closed = False
         self._writer = threading.Thread(
             target=self._write_forever, name=f"{name}-db-writer", daemon=True
         )
@@ -114,7 +116,10 @@ class Database:
     def submit(self, work: Work[T]) -> Future[T]:
         """`write` for threads: the future completes once the work is durable."""
         future: Future[T] = Future()
-        self._queue.put((work, future))
+        if self._closed:
+            future.set_exception(_closed())
+        else:
+            self._queue.put((work, future))
         return future
 
     async def read(self, work: Work[T]) -> T:
@@ -139,8 +144,13 @@ class Database:
 
     def close(self) -> None:
         """Finish what was submitted, then let go of the threads and connections."""
+        self._closed = True
         self._queue.put(None)
         self._writer.join(timeout=BUSY_S + 5)
+        with suppress(queue.Empty):
+            while True:  # what slipped in behind the end
+                if (item := self._queue.get_nowait()) is not None:
+                    item[1].set_exception(_closed())
         self._readers.shutdown(cancel_futures=True)
         self.engine.dispose()
 
@@ -186,6 +196,10 @@ class Database:
                 future.set_result(result)
 
 
+def _closed() -> Unavailable:
+    return Unavailable("The database was closed: this process is stopping.")
+
+
 def _is_conflict(error: BaseException) -> bool:
     """Two PostgreSQL transactions met: serialization failure or deadlock; one goes again."""
     return getattr(getattr(error, "orig", None), "sqlstate", None) in {"40001", "40P01"}
@@ -212,7 +226,7 @@ def migrate(url: str) -> None:
     """Bring the schema up to date; safe to call from many processes at once.
 
     Raises:
-        SetupError: The database is newer than this code.
+        SetupError: The database is newer than this code, or cannot be opened.
     """
     engine = create(url)
     try:
@@ -221,7 +235,7 @@ def migrate(url: str) -> None:
         if found == HEAD:
             return
         _upgrade(engine, found)
-    except OperationalError as error:
+    except DBAPIError as error:
         cause = str(error.orig).strip().splitlines()[0]
         raise SetupError(
             f"Cannot open the database {engine.url!r}: {cause}. Is it running, and is "

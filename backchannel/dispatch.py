@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, and_, bindparam, func, select, update
 
 from backchannel.books import Doorbell, doorbell
-from backchannel.lifecycle import NOW, turn_has_come
+from backchannel.lifecycle import NOW, state_is, turn_has_come
 from backchannel.tables import QUEUED, jobs, workers
 
 _bell = (
@@ -21,9 +21,7 @@ _RING = (
     .values(rung_ms=NOW)
     .returning(*_bell)
 )
-_rung = and_(
-    jobs.c.state == QUEUED, jobs.c.rung_ms.is_not(None), jobs.c.lane == bindparam("in_lane")
-)
+_rung = and_(state_is(QUEUED), jobs.c.rung_ms.is_not(None), jobs.c.lane == bindparam("in_lane"))
 _COUNT_RUNG = select(func.count()).select_from(jobs).where(_rung)
 _LOST = (
     select(jobs.c.id)
@@ -36,9 +34,7 @@ _LOST = (
     .order_by(jobs.c.rung_ms)
     .limit(bindparam("room"))
 )
-_unrung = and_(
-    jobs.c.state == QUEUED, jobs.c.rung_ms.is_(None), jobs.c.lane == bindparam("in_lane")
-)
+_unrung = and_(state_is(QUEUED), jobs.c.rung_ms.is_(None), jobs.c.lane == bindparam("in_lane"))
 _NEXT_CALLER = (
     select(jobs.c.caller)
     .where(_unrung, jobs.c.caller > bindparam("after"))
@@ -112,7 +108,8 @@ def _fair_share(connection: Connection, lane: str, room: int) -> list[str]:
     round_robin = [line[place] for place in range(longest) for line in lines if place < len(line)]
     # stable: whoever is ahead of the line goes first, the others keep their turns
     served = sorted(round_robin, key=lambda row: row.rank)[:room]
-    _last_served[lane] = served[-1].caller if served else callers[-1]
+    whole_round = len(callers) == _MAX_CALLERS and room >= len(callers)
+    _last_served[lane] = served[-1].caller if served and not whole_round else callers[-1]
     return [row.id for row in served]
 
 

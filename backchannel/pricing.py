@@ -50,13 +50,13 @@ def price(provider: Provider, model: str, tokens: Tokens) -> Price:
     source = f"{today} genai-prices {__version__}"
     if not _knows(provider.price_provider, model, __version__):
         return Price(None, source)
-    usage: PricedUsage = Usage(
-        input_tokens=tokens.input,
-        output_tokens=tokens.output,
-        cache_read_tokens=tokens.cached or None,
-        cache_write_tokens=tokens.cache_write or None,
-    )
     try:
+        usage: PricedUsage = Usage(
+            input_tokens=tokens.input,
+            output_tokens=tokens.output,
+            cache_read_tokens=tokens.cached or None,
+            cache_write_tokens=tokens.cache_write or None,
+        )
         total = calc_price(usage, model_ref=model, provider_id=provider.price_provider).total_price
     except ValueError:
         # counts that contradict each other, as more cached tokens than input: nobody knows

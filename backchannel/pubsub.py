@@ -57,6 +57,7 @@ class Listener:
         self._channels: dict[str, _Channel] = {}
         # one at a time, or a reader's farewell could overtake the next reader's subscription
         self._asking = asyncio.Lock()
+        self._connected = False
         self._task = asyncio.create_task(self._listen_forever(), name="pubsub-listener")
 
     async def close(self) -> None:
@@ -71,33 +72,40 @@ class Listener:
     async def subscribed(self, name: str) -> AsyncIterator[asyncio.Queue[bytes | None]]:
         """Messages of a channel from now on; None means some may have been missed.
 
-        Waits up to 1 s for Redis to confirm, so that what is read afterwards has no gap before it.
+        Waits up to 1 s for Redis to confirm, so that what is read afterwards has no gap before it;
+        not at all while Redis is away: its return is told as something missed.
         """
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1000)
         channel = self._channels.setdefault(name, _Channel())
         channel.queues.add(queue)
         try:
             async with self._asking:
-                if not channel.asked:
+                # only the listener connects: here each reader would wait for the ones before it
+                if self._connected and not channel.asked:
                     channel.asked = True
                     with contextlib.suppress(*OUTAGE):
                         await self._pubsub.subscribe(name)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(channel.confirmed.wait(), timeout=1.0)
+            if self._connected:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(channel.confirmed.wait(), timeout=1.0)
             yield queue
         finally:
             channel.queues.discard(queue)
             async with self._asking:
                 if not channel.queues and self._channels.get(name) is channel:
                     del self._channels[name]
-                    with contextlib.suppress(*OUTAGE):
-                        await self._pubsub.unsubscribe(name)
+                    if self._connected:
+                        with contextlib.suppress(*OUTAGE):
+                            await self._pubsub.unsubscribe(name)
 
     async def _listen_forever(self) -> None:
         while True:
             try:
+                await self._pubsub.connect()  # type: ignore[no-untyped-call]
+                self._connected = True  # from here on readers ask for themselves
+                for channel in self._channels.values():
+                    channel.asked = True
                 await self._pubsub.subscribe(self._keepalive, *self._channels)
-                self._all_missed()
                 heard = time.monotonic()
                 while time.monotonic() - heard < SILENCE_S:
                     message = await self._pubsub.get_message(timeout=SILENCE_S / 3)
@@ -109,6 +117,10 @@ class Listener:
                 raise TimeoutError(f"no answer to a ping for {SILENCE_S} s")
             except OUTAGE as error:
                 log.debug("The pub/sub connection broke; connecting again.", error=str(error))
+                self._connected = False
+                for channel in self._channels.values():
+                    channel.asked = False
+                    channel.confirmed.clear()
                 with contextlib.suppress(*OUTAGE):
                     await self._pubsub.aclose()  # type: ignore[no-untyped-call]
                 self._pubsub = self._redis.pubsub()
@@ -116,7 +128,10 @@ class Listener:
 
     def _deliver(self, message: dict[str, Any]) -> None:
         name = message["channel"]
-        channel = self._channels.get(name.decode() if isinstance(name, bytes) else name)
+        name = name.decode() if isinstance(name, bytes) else name
+        if message["type"] == "subscribe" and name == self._keepalive:
+            self._all_missed()  # one command subscribes all, so none has a gap after this
+        channel = self._channels.get(name)
         if channel is None:
             return
         if message["type"] == "subscribe":

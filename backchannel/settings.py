@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import tempfile
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]+")
 
 
 class ProviderSettings(BaseModel):
@@ -135,8 +141,19 @@ class Settings(BaseSettings):
 
     @property
     def redis(self) -> str:
-        """The Redis URL; the embedded server listens on a socket only this user can open."""
-        return self.redis_url or f"unix://{self.home_path / 'valkey.sock'}"
+        """The Redis URL; the embedded server listens on a socket only this user can open.
+
+        A socket's path has room for about 100 bytes and stands in a URL: a home that is longer, or
+        not plain, gets a folder of its own under the system's temporary one.
+        """
+        if self.redis_url:
+            return self.redis_url
+        socket = self.home_path / "valkey.sock"
+        if len(str(socket)) > 100 or not _PLAIN_PATH.fullmatch(str(socket)):
+            home = hashlib.sha256(os.fsencode(self.home_path.resolve())).hexdigest()[:16]
+            folder = f"backchannel-{os.getuid()}-{home}"
+            socket = Path(tempfile.gettempdir(), folder, "valkey.sock")
+        return f"unix://{socket}"
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sqlalchemy import select, text
@@ -121,3 +122,10 @@ def rows(database: Database, table: str) -> list[dict[str, Any]]:
 def everything(database: Database) -> dict[str, list[dict[str, Any]]]:
     """All that is on record: two of these are equal when nothing was written in between."""
     return {table: rows(database, table) for table in Job.metadata.tables}
+
+
+def until_somebody_waits(database: Database) -> None:
+    """Returns once a transaction on this PostgreSQL waits for another one's row."""
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    while not database.read_now(lambda c: c.exec_driver_sql(waiting).scalar()):
+        time.sleep(0.01)

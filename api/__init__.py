@@ -1,0 +1,1 @@
+"""The thin room: HTTP in, rows and doorbells out, events back."""

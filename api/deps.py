@@ -1,0 +1,116 @@
+"""What every route stands on: what the process owns, who is asking, and strict JSON bodies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Request, Response
+from fastapi.routing import APIRoute
+from redis.asyncio import Redis
+
+from backchannel.db import Database, migrate
+from backchannel.errors import InvalidRequest, TooLarge
+from backchannel.pubsub import Listener, connect
+from backchannel.queue import Ringer
+from backchannel.registry import Registry, build_registry
+from backchannel.schemas import decode
+from backchannel.settings import Settings
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one API process owns."""
+
+    settings: Settings
+    registry: Registry
+    db: Database
+    redis: Redis
+    listener: Listener
+    ringer: Ringer
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def prefix(self) -> str:
+        """Put before every Redis key."""
+        return self.settings.redis_prefix
+
+
+async def open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
+    """Open what the process owns; the stack closes it, the last first."""
+    await asyncio.to_thread(migrate, settings.database)
+    db = Database(settings.database, name="api")
+    stack.callback(db.close)
+    redis = connect(settings.redis)
+    stack.push_async_callback(redis.aclose)
+    listener = Listener(redis, f"{settings.redis_prefix}api")
+    stack.push_async_callback(listener.close)
+    ringer = Ringer(redis, settings.redis_prefix)
+    stack.push_async_callback(ringer.close)
+    return Resources(settings, build_registry(settings), db, redis, listener, ringer)
+
+
+async def _resources(request: Request) -> Resources:
+    shared: Resources = request.app.state.resources
+    return shared
+
+
+async def _caller() -> str:
+    return "local"
+
+
+Shared = Annotated[Resources, Depends(_resources)]
+# Whose jobs these are. Every query is scoped by it: somebody else's id is a 404.
+Caller = Annotated[str, Depends(_caller)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$",
+        description="The same key and body again: the first answer again.",
+    ),
+]
+
+
+class _StrictRequest(Request):
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            cap = self.app.state.resources.settings.max_body_bytes
+            chunks: list[bytes] = []
+            size = int(self.headers.get("content-length", 0))
+            if size <= cap:
+                size = 0
+                async for chunk in self.stream():
+                    size += len(chunk)
+                    if size > cap:
+                        break
+                    chunks.append(chunk)
+            if size > cap:
+                raise TooLarge(f"The body is over {cap:,} bytes, the cap of one request.")
+            self._body = b"".join(chunks)
+        return self._body
+
+    async def json(self) -> Any:
+        return decode(await self.body())
+
+
+class StrictRoute(APIRoute):
+    """A route whose JSON body is capped, and refused where it is not strictly JSON.
+
+    It wants the header Content-Type: application/json, which no web page can send here without a
+    permission that nobody gives (CORS): a page in the operator's browser must not order jobs.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+                raise InvalidRequest("The address contains a NUL character.")
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly

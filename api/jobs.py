@@ -1,0 +1,333 @@
+"""Jobs: a POST becomes a row and a doorbell; the row and its events come back."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, BackgroundTasks, Header, Query, Response
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, select
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
+from backchannel import bus
+from backchannel.accept import Accepted, NewJob, accept
+from backchannel.books import Finished, Outcome
+from backchannel.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from backchannel.events import END, Event, decode, end_fields, pack_log, unpack_log
+from backchannel.lifecycle import Cancelling, close_queued, request_cancel
+from backchannel.parameters import check_parameters
+from backchannel.schemas import JOB, CreateJob, Job, JobList, job_of
+from backchannel.tables import CANCELLED, QUEUED, TERMINAL, jobs, requests, results, sessions
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute)
+
+PING_S = 10  # below the 15 to 60 s after which proxies give up on a silent stream
+
+
+# ---------------------------------------------------------------- create
+
+
+@router.post("", status_code=202)
+async def create_job(
+    asked: CreateJob, its: Shared, caller: Caller, response: Response, key: IdempotencyKey = None
+) -> Job:
+    """Accept a chat job; it is safe once this answers."""
+    return await submit(its, await _checked(its, caller, asked, key), response)
+
+
+async def submit(its: Resources, new: NewJob, response: Response) -> Job:
+    """Commit a job, ring for it, and say where it is."""
+
+    def write(connection: Connection) -> tuple[Accepted, Job]:
+        accepted = accept(connection, new)
+        return accepted, _read(connection, new.caller, accepted.job_id)
+
+    accepted, job = await its.db.write(write)
+    its.ringer.ring(accepted.doorbell)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    if not accepted.created:
+        response.headers["Idempotent-Replay"] = "true"
+    return job
+
+
+async def _checked(its: Resources, caller: str, asked: CreateJob, key: str | None) -> NewJob:
+    """What was asked, with nothing left that could turn out wrong after accept."""
+    messages = asked.chat()
+    model = asked.model
+    if model is None and asked.session is not None:
+        model = await _model_of_session(its, caller, asked.session)
+    resolved = its.registry.resolve(model)
+    longest = its.settings.job_deadline_s
+    if asked.deadline_s is not None and asked.deadline_s > longest:
+        raise InvalidRequest(f"deadline_s: at most {longest:.0f}.", param="deadline_s")
+    return NewJob(
+        caller=caller,
+        lane=asked.lane,
+        provider=resolved.provider.id,
+        model=resolved.model,
+        requested_model=asked.model,
+        model_reason=resolved.reason if asked.model == model else "the session's model",
+        messages=messages,
+        parameters=check_parameters(asked.parameters or {}, resolved.provider),
+        request_hash=_hash(asked.model_dump(exclude_unset=True)),
+        deadline_s=asked.deadline_s or longest,
+        stream=asked.stream,
+        idempotency_key=key,
+        session_id=asked.session,
+        meta=asked.metadata or {},
+    )
+
+
+async def _model_of_session(its: Resources, caller: str, session_id: str) -> str:
+    current = select(sessions.c.provider, sessions.c.model).where(
+        sessions.c.id == session_id, sessions.c.caller == caller
+    )
+    row = await its.db.read(lambda c: c.execute(current).first())
+    if row is None:
+        raise NotFound(f"There is no session '{session_id}'.", param="session")
+    return f"{row.provider}:{row.model}"
+
+
+def _hash(request: dict[str, Any]) -> str:
+    return hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest()
+
+
+@router.post("/{job_id}/retry", status_code=202)
+async def retry_job(
+    job_id: str, its: Shared, caller: Caller, response: Response, key: IdempotencyKey = None
+) -> Job:
+    """Ask the same again, as a new job with `parent_id`."""
+
+    def read(connection: Connection) -> Any:
+        asked = select(jobs, requests.c.messages, requests.c.parameters).join(
+            requests, requests.c.job_id == jobs.c.id
+        )
+        return connection.execute(asked.where(*_own(caller, job_id))).first()
+
+    row = await its.db.read(read)
+    if row is None:
+        raise _no_job(job_id)
+    if row.state not in TERMINAL:
+        raise Conflict(f"Job {job_id} is {row.state}: it has not finished.", code="not_finished")
+    resolved = its.registry.resolve(f"{row.provider}:{row.model}")
+    new = NewJob(
+        caller=caller,
+        lane=row.lane,
+        provider=row.provider,
+        model=resolved.model,
+        requested_model=row.requested_model,
+        model_reason=f"as job {job_id}",
+        messages=row.messages,
+        parameters=check_parameters(row.parameters, resolved.provider),
+        request_hash=_hash({"retry": job_id}),
+        deadline_s=(row.deadline_ms - row.created_ms) / 1000,
+        stream=row.stream,
+        idempotency_key=key,
+        session_id=row.session_id,
+        parent_id=job_id,
+        meta=row.meta,
+    )
+    return await submit(its, new, response)
+
+
+# ---------------------------------------------------------------- read
+
+
+class JobsQuery(BaseModel):
+    """Which jobs to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"] | None = None
+    lane: Literal["interactive", "batch"] | None = None
+    model: str | None = Field(None, description="provider:model, or the model's name alone.")
+    provider: str | None = None
+    session: str | None = None
+    created_after: AwareDatetime | None = Field(None, description="RFC 3339, with its zone.")
+    limit: int = Field(20, ge=1, le=100)
+    after: str | None = Field(None, description="The `next` of the page before.")
+    order: Literal["desc", "asc"] = "desc"
+
+
+@router.get("")
+async def list_jobs(asked: Annotated[JobsQuery, Query()], its: Shared, caller: Caller) -> JobList:
+    """A page of jobs, the newest first."""
+    full_name = jobs.c.provider + ":" + jobs.c.model
+    wanted = [jobs.c.caller == caller]
+    if asked.state is not None:
+        wanted.append(jobs.c.state == asked.state)
+    if asked.lane is not None:
+        wanted.append(jobs.c.lane == asked.lane)
+    if asked.model is not None:
+        wanted.append((full_name == asked.model) | (jobs.c.model == asked.model))
+    if asked.provider is not None:
+        wanted.append(jobs.c.provider == asked.provider)
+    if asked.session is not None:
+        wanted.append(jobs.c.session_id == asked.session)
+    if asked.created_after is not None:
+        wanted.append(jobs.c.created_ms > int(asked.created_after.timestamp() * 1000))
+    newest_first = asked.order == "desc"
+    if asked.after is not None:
+        wanted.append(jobs.c.id < asked.after if newest_first else jobs.c.id > asked.after)
+    page = (
+        JOB.where(*wanted)
+        .order_by(jobs.c.id.desc() if newest_first else jobs.c.id)
+        .limit(asked.limit + 1)  # one more tells whether there are more
+    )
+    found = await its.db.read(lambda c: [job_of(row) for row in c.execute(page)])
+    data, has_more = found[: asked.limit], len(found) > asked.limit
+    return JobList(data=data, has_more=has_more, next=data[-1].id if has_more else None)
+
+
+@router.get("/{job_id}")
+async def get_job(
+    job_id: str,
+    its: Shared,
+    caller: Caller,
+    wait: Annotated[
+        float, Query(ge=0, le=60, description="Seconds to wait for the job to finish.")
+    ] = 0,
+) -> Job:
+    """A job as it stands; with `wait`, as soon as it has finished."""
+    job = await read_job(its, caller, job_id)
+    if wait and job.state not in TERMINAL:
+        await _until_finished(its, job_id, wait)
+        job = await read_job(its, caller, job_id)
+    return job
+
+
+async def read_job(its: Resources, caller: str, job_id: str) -> Job:
+    """The caller's job.
+
+    Raises:
+        NotFound: There is none, or it is somebody else's.
+    """
+    return await its.db.read(lambda c: _read(c, caller, job_id))
+
+
+def _read(connection: Connection, caller: str, job_id: str) -> Job:
+    row = connection.execute(JOB.where(*_own(caller, job_id))).first()
+    if row is None:
+        raise _no_job(job_id)
+    return job_of(row)
+
+
+def _own(caller: str, job_id: str) -> tuple[Any, Any]:
+    return jobs.c.id == job_id, jobs.c.caller == caller
+
+
+def _no_job(job_id: str) -> NotFound:
+    return NotFound(f"There is no job '{job_id}'.")
+
+
+async def _until_finished(its: Resources, job_id: str, wait_s: float) -> None:
+    """Return when the job has finished, the time is over, or this process stops."""
+    finished = asyncio.create_task(_finished(its, job_id), name=f"wait-for-{job_id}")
+    stopping = asyncio.create_task(its.stopping.wait(), name="wait-for-stop")
+    both = {finished, stopping}
+    try:
+        await asyncio.wait(both, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in both:
+            task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
+
+
+async def _finished(its: Resources, job_id: str) -> None:
+    state = select(jobs.c.state).where(jobs.c.id == job_id)
+    async with its.listener.subscribed(bus.keys_of(its.prefix, job_id).channel) as queue:
+        while await its.db.read(lambda c: c.execute(state).scalar()) not in TERMINAL:
+            said: bytes | None = b""
+            while said is not None and not _ends(said):
+                try:
+                    said = await asyncio.wait_for(queue.get(), timeout=bus.ROLL_CALL_S)
+                except TimeoutError:
+                    said = None  # Redis may be away: look at the row
+
+
+def _ends(message: bytes) -> bool:
+    return bool(message) and decode(message.rpartition(b"\n")[2]).type == END
+
+
+# ---------------------------------------------------------------- cancel
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(job_id: str, its: Shared, caller: Caller, afterwards: BackgroundTasks) -> Job:
+    """Cancel: a queued job at once, a running one within moments; a finished one stays as it is."""
+    asked = await its.db.write(lambda c: request_cancel(c, job_id, caller))
+    if asked is not None and asked.state == QUEUED:
+        await _cancel_queued(its, job_id, asked, afterwards)
+    elif asked is not None:
+        afterwards.add_task(bus.hint_cancel, its.redis, its.prefix, job_id)
+    return await read_job(its, caller, job_id)
+
+
+async def _cancel_queued(
+    its: Resources, job_id: str, asked: Cancelling, afterwards: BackgroundTasks
+) -> None:
+    log = await bus.close_log(
+        its.redis, its.prefix, job_id, asked.attempt, asked.age_ms, end_fields(CANCELLED)
+    )
+    outcome = Outcome(CANCELLED, pack_log(log))
+
+    def close(connection: Connection) -> Finished | None:
+        return close_queued(connection, job_id, asked.attempt, outcome)
+
+    closed = await its.db.write(close)
+    if closed is not None:
+        its.ringer.ring(closed.next)
+        # the answer does not wait for Redis
+        afterwards.add_task(bus.publish_closed, its.redis, its.prefix, job_id, asked.attempt, log)
+
+
+# ---------------------------------------------------------------- events
+
+
+class _Ping(ServerSentEvent):
+    def encode(self) -> bytes:
+        # without the blank line: after an `id:` line that would be an empty event to OpenAI's SDK
+        return b": ping\n"
+
+
+@router.get("/{job_id}/events", response_class=EventSourceResponse)
+async def stream_events(
+    job_id: str,
+    its: Shared,
+    caller: Caller,
+    after: Annotated[int, Query(ge=-1, le=2**53, description="The last `seq` you have.")] = -1,
+    last_event_id: Annotated[int | None, Header(ge=-1, le=2**53)] = None,
+) -> EventSourceResponse:
+    """The job's events, past and live, as server-sent events up to `end`."""
+    await read_job(its, caller, job_id)
+    if last_event_id is not None:  # a browser that reconnects repeats the old query beside it
+        after = last_event_id
+    return EventSourceResponse(
+        _frames(its, job_id, after), sep="\n", ping=PING_S, ping_message_factory=_Ping
+    )
+
+
+async def _frames(its: Resources, job_id: str, after: int) -> AsyncIterator[bytes]:
+    async def stored(job_id: str) -> list[Event] | None:
+        return await _stored_log(its, job_id)
+
+    async for event in bus.follow(its.redis, its.prefix, its.listener, stored, job_id, after):
+        yield b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.type.encode(), event.data)
+
+
+async def _stored_log(its: Resources, job_id: str) -> list[Event] | None:
+    log = select(results.c.log).where(results.c.job_id == job_id)
+
+    def read(connection: Connection) -> list[Event] | None:
+        packed = connection.execute(log).scalar()
+        return None if packed is None else unpack_log(packed)
+
+    try:
+        return await its.db.read(read)
+    except Unavailable:
+        return None  # the stream goes on; the next look may find the database back

@@ -1,0 +1,178 @@
+"""The API process: opens what it owns, serves the routes, and turns every failure into one form."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from api import health, jobs, providers, sessions, usage
+from api.deps import open_resources
+from backchannel import __version__
+from backchannel.db import migrate
+from backchannel.errors import BackchannelError, InvalidRequest, NotFound, SetupError, Unavailable
+from backchannel.schemas import place_of
+from backchannel.settings import Settings, get_settings
+
+# Streams are told to stop at once; what is still being answered gets this long.
+GRACE_S = 5
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; its lifespan opens and closes what the process owns."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.resources = await open_resources(settings, stack)
+            yield
+
+    app = FastAPI(title="Backchannel", version=__version__, lifespan=lifespan)
+    for module in (jobs, sessions, usage, providers, health):
+        app.include_router(module.router)
+    app.add_exception_handler(BackchannelError, _refused)
+    app.add_exception_handler(RequestValidationError, _not_valid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unhandled)
+    return app
+
+
+# ---------------------------------------------------------------- errors
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, BackchannelError)
+    headers = {"Retry-After": "1"} if isinstance(error, Unavailable) else None
+    return JSONResponse(error.body(), error.status, headers=headers)
+
+
+async def _not_valid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return await _refused(request, _invalid(error))
+
+
+def _invalid(error: RequestValidationError) -> InvalidRequest:
+    if isinstance(error.body, bytes):
+        return InvalidRequest(
+            "Send JSON, with the header Content-Type: application/json.", param=None
+        )
+    named: list[tuple[str, dict[str, Any]]] = []
+    for each in error.errors():
+        where, *loc = each["loc"]
+        if where == "body":
+            place = place_of(loc, error.body, missing=each["type"] == "missing")
+        else:
+            place = str(loc[0])
+        named.append((place, each))
+    # of the branches of a union the one that got furthest is the one that was meant
+    place, each = max(named, key=lambda one: len(one[0]))
+    match each["type"]:
+        case "extra_forbidden":
+            why = "there is no such field."
+        case "missing":
+            why = "it is missing." if place else "the request needs a JSON body."
+        case _:
+            why = f"{each['msg'][:1].lower()}{each['msg'][1:]}."
+    return InvalidRequest(f"{place or 'The body'}: {why}", param=place or None)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    # FastAPI wraps what is raised while a body is read
+    if isinstance(error.__cause__, BackchannelError):
+        return await _refused(request, error.__cause__)
+    named: BackchannelError = InvalidRequest(str(error.detail))
+    if error.status_code == 404:
+        named = NotFound(f"There is no {request.url.path}.")
+    elif error.status_code == 405:
+        named = InvalidRequest(
+            f"{request.url.path} does not take {request.method}.", code="method_not_allowed"
+        )
+    return JSONResponse(named.body(), error.status_code, headers=error.headers)
+
+
+async def _unhandled(_request: Request, _error: Exception) -> JSONResponse:
+    # the traceback goes to the log, from the server
+    error = BackchannelError("Something went wrong inside Backchannel; its log says what.")
+    return JSONResponse(error.body(), error.status)
+
+
+# ---------------------------------------------------------------- serving
+
+
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # whoever waits for a job is answered with what there is
+        self.config.app.state.resources.stopping.set()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def make_server(settings: Settings) -> uvicorn.Server:
+    """The server of this process; `run` it with a listening socket."""
+    return _Server(
+        uvicorn.Config(
+            create_app(settings),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+    )
+
+
+def serve(host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        SetupError: The address is not ours to listen on, or the database cannot be opened.
+    """
+    settings = get_settings()
+    listening = listen(host, port, open_bind=settings.allow_open_bind)
+    try:
+        migrate(settings.database)  # here, so that what goes wrong is a sentence
+        make_server(settings).run(sockets=[listening])
+    finally:
+        listening.close()
+
+
+def listen(host: str, port: int, *, open_bind: bool) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        SetupError: Not loopback and not allowed, in use, or not an address of this machine.
+    """
+    if not (open_bind or _is_loopback(host)):
+        raise SetupError(
+            f"{host} can be reached from other machines, and there are no callers' keys: anybody "
+            "could spend your money. Listen on 127.0.0.1, or set BACKCHANNEL_ALLOW_OPEN_BIND=true "
+            "where only what you trust reaches the port."
+        )
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SetupError(
+                f"Port {port} is in use. Stop what listens there, or choose another with "
+                f"--port {port + 1}."
+            ) from error
+        raise SetupError(f"Cannot listen on {host}, port {port}: {error}.") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

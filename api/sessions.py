@@ -1,0 +1,136 @@
+"""Sessions: ordered conversations, each with its current model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, and_, case, insert, not_, update
+
+from api.deps import Caller, Resources, Shared, StrictRoute
+from backchannel.errors import NotFound
+from backchannel.lifecycle import NOW, new_id
+from backchannel.schemas import (
+    MESSAGE,
+    ChangeSession,
+    CreateSession,
+    Session,
+    SessionList,
+    SessionWithMessages,
+    message_of,
+    session_of,
+)
+from backchannel.tables import sessions, turns
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=StrictRoute)
+
+
+@router.post("", status_code=201)
+async def create_session(
+    asked: CreateSession, its: Shared, caller: Caller, response: Response
+) -> Session:
+    """Begin a conversation."""
+    resolved = its.registry.resolve(asked.model)
+    session_id = new_id("session")
+    values = {
+        "id": session_id,
+        "caller": caller,
+        "title": asked.title,
+        "provider": resolved.provider.id,
+        "model": resolved.model,
+        "model_version": 1,
+        "last_seq": 0,
+        "meta": asked.metadata or {},
+        "created_ms": NOW,
+        "updated_ms": NOW,
+    }
+
+    def write(connection: Connection) -> Session:
+        connection.execute(insert(sessions).values(values))
+        return _read(connection, caller, session_id)
+
+    response.headers["Location"] = f"/v1/sessions/{session_id}"
+    return await its.db.write(write)
+
+
+class SessionsQuery(BaseModel):
+    """Which sessions to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(20, ge=1, le=100)
+    after: str | None = Field(None, description="The `next` of the page before.")
+    order: Literal["desc", "asc"] = "desc"
+
+
+@router.get("")
+async def list_sessions(
+    asked: Annotated[SessionsQuery, Query()], its: Shared, caller: Caller
+) -> SessionList:
+    """A page of conversations, the newest first."""
+    newest_first = asked.order == "desc"
+    page = sessions.select().where(sessions.c.caller == caller)
+    if asked.after is not None:
+        page = page.where(
+            sessions.c.id < asked.after if newest_first else sessions.c.id > asked.after
+        )
+    page = page.order_by(sessions.c.id.desc() if newest_first else sessions.c.id)
+    page = page.limit(asked.limit + 1)  # one more tells whether there are more
+    found = await its.db.read(lambda c: [session_of(row) for row in c.execute(page)])
+    data, has_more = found[: asked.limit], len(found) > asked.limit
+    return SessionList(data=data, has_more=has_more, next=data[-1].id if has_more else None)
+
+
+@router.get("/{session_id}")
+async def get_session(session_id: str, its: Shared, caller: Caller) -> SessionWithMessages:
+    """A conversation and all that was said, with the state of the job of each message."""
+
+    def read(connection: Connection) -> SessionWithMessages:
+        session = _read(connection, caller, session_id)
+        said = MESSAGE.where(turns.c.session_id == session_id).order_by(turns.c.seq)
+        messages = [message_of(row) for row in connection.execute(said)]
+        return SessionWithMessages(**session.model_dump(), messages=messages)
+
+    return await its.db.read(read)
+
+
+@router.patch("/{session_id}")
+async def change_session(
+    session_id: str, asked: ChangeSession, its: Shared, caller: Caller
+) -> Session:
+    """Change title, metadata or model; jobs already accepted keep the model they have."""
+    values: dict[str, Any] = {"updated_ms": NOW}
+    if "title" in asked.model_fields_set:
+        values["title"] = asked.title
+    if "metadata" in asked.model_fields_set:
+        values["meta"] = asked.metadata or {}
+    if asked.model is not None:
+        values |= _switch(its, asked.model)
+
+    def write(connection: Connection) -> Session:
+        connection.execute(update(sessions).where(*_own(caller, session_id)).values(values))
+        return _read(connection, caller, session_id)
+
+    return await its.db.write(write)
+
+
+def _switch(its: Resources, model: str) -> dict[str, Any]:
+    to = its.registry.resolve(model)
+    same = and_(sessions.c.provider == to.provider.id, sessions.c.model == to.model)
+    return {
+        "provider": to.provider.id,
+        "model": to.model,
+        "model_version": sessions.c.model_version + case((not_(same), 1), else_=0),
+    }
+
+
+def _read(connection: Connection, caller: str, session_id: str) -> Session:
+    row = connection.execute(sessions.select().where(*_own(caller, session_id))).first()
+    if row is None:
+        raise NotFound(f"There is no session '{session_id}'.")
+    return session_of(row)
+
+
+def _own(caller: str, session_id: str) -> tuple[Any, Any]:
+    return sessions.c.id == session_id, sessions.c.caller == caller
