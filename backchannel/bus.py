@@ -308,7 +308,7 @@ async def close_log(
 async def publish_closed(
     redis: Redis, prefix: str, job_id: str, attempt: int, log_: list[Event]
 ) -> None:
-    """Tell live readers of an end that no worker wrote; best effort: the stored log is the truth."""
+    """Tell live readers of an end no worker wrote; best effort: the stored log is the truth."""
     # as the attempt after the last one: it fences a worker that is frozen in the middle of it
     args = [b"%d" % v for v in (attempt + 1, log_[0].seq, 1, 1, ENDED_TTL_MS)]
     with contextlib.suppress(*OUTAGE):

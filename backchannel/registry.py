@@ -199,7 +199,7 @@ class Registry:
 
         ``provider:model`` is split on the first colon only if the left part is a registered id,
         because Ollama tags contain colons; an id alone means its default model; a bare name goes to
-        the default provider, a name with a colon only if that provider's names have them (never a silent change of provider);
+        the default provider, a name with a colon only if that provider's names have them;
         ``fast``, ``balanced``, ``powerful`` and ``auto`` take the first available of their list.
 
         Raises:

@@ -8,11 +8,11 @@ import os
 import socket
 
 import structlog
-from backchannel.logs import configure
 from celery.signals import worker_ready
 from celery.worker import WorkController
 
 from backchannel.db import migrate
+from backchannel.logs import configure
 from backchannel.settings import get_settings
 from backchannel.tables import LANES
 

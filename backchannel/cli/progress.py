@@ -98,7 +98,10 @@ class Progress:
     def say(self, sentence: str) -> None:
         """A sentence beside the progress."""
         if self._bar is not None:
-            self._bar.console.print(sentence, markup=False, highlight=False)
+            # ":m:" in a model's name is no emoji
+            self._bar.console.print(
+                sentence, markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
         else:
             say(sentence)
 
@@ -131,11 +134,12 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
+        console = Console(stderr=True)
         self._bar = Bar(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=max(6, min(24, console.width - 90))),
             MofNCompleteColumn(),
             TextColumn("{task.fields[words]}", markup=False),
-            console=Console(stderr=True),
+            console=console,
             auto_refresh=False,
         )
         self._task_id = self._bar.add_task("", total=self.tally.lines, words="")

@@ -1,4 +1,4 @@
-"""Whole journeys: real API and worker processes, a real Valkey, and the fake provider as a process."""
+"""Whole journeys: real API and worker processes, a real Valkey, the fake provider a process."""
 
 from __future__ import annotations
 
@@ -95,7 +95,6 @@ class Stack:
         )
         self._until(process, lambda: "The worker is ready." in log.read_text())
         return process
-
 
     def workers(self) -> int:
         """How many worker processes the API knows to be alive."""

@@ -1,4 +1,4 @@
-"""A worker process's things inside the test, on real servers, with times short enough to wait for."""
+"""A worker process's things inside the test, on real servers, with times short enough to see."""
 
 from __future__ import annotations
 

@@ -62,7 +62,9 @@ async def test_an_answer_is_streamed_stored_and_booked(
     assert message == {"role": "assistant", "content": "w0 w1 w2 w3 w4 "}
     (usage,) = bench.usage(job_id)
     assert (usage.billable, usage.source, usage.output_tokens) == (1, "final", 5)
-    assert bench.rows("SELECT event FROM outbox WHERE job_id = ?", job_id)[0].event == "job.succeeded"
+    assert (
+        bench.rows("SELECT event FROM outbox WHERE job_id = ?", job_id)[0].event == "job.succeeded"
+    )
     stored = bench.log(job_id)
     assert [event.seq for event in stored] == list(range(len(stored)))
     assert stored[0].type == "started"
