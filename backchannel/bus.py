@@ -24,6 +24,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 from backchannel import events
+from backchannel.background import end
 from backchannel.events import Event
 from backchannel.pubsub import OUTAGE, Listener
 
@@ -226,9 +227,7 @@ class Publisher:
 
     async def close(self) -> None:
         """Send what is left, once, and stop."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await end(self._task)
         with contextlib.suppress(*OUTAGE):
             await self.flush()
 

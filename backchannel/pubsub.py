@@ -14,6 +14,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from backchannel.background import end
+
 log = structlog.get_logger()
 
 # A connection that answers no ping for this long is half open: keep-alive would take minutes.
@@ -62,9 +64,7 @@ class Listener:
 
     async def close(self) -> None:
         """Stop listening and let go of the connection."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await end(self._task)
         with contextlib.suppress(*OUTAGE):
             await self._pubsub.aclose()  # type: ignore[no-untyped-call]
 

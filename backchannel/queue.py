@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import os
 import time
 import uuid
@@ -22,6 +21,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from backchannel.background import end
 from backchannel.books import Doorbell
 from backchannel.settings import Settings, get_settings
 from backchannel.tables import LANES
@@ -124,9 +124,7 @@ class Ringer:
 
     async def close(self) -> None:
         """Stop; doorbells not yet rung are left to the dispatcher."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await end(self._task)
 
     async def _ring_forever(self) -> None:
         while True:

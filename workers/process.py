@@ -19,6 +19,7 @@ import stamina
 import uvloop
 
 from backchannel import lifecycle
+from backchannel.background import end
 from backchannel.books import Doorbell
 from backchannel.bus import Publisher
 from backchannel.db import Database, Work
@@ -115,14 +116,7 @@ class Process:
     def _keep(
         self, stack: contextlib.AsyncExitStack, name: str, habit: Coroutine[Any, Any, None]
     ) -> None:
-        task = asyncio.create_task(habit, name=name)
-
-        async def stop() -> None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
-        stack.push_async_callback(stop)
+        stack.push_async_callback(end, asyncio.create_task(habit, name=name))
 
     async def _sign_off(self) -> None:
         with contextlib.suppress(Unavailable):

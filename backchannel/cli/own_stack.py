@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 
 from backchannel.cli.running import Running, is_loopback, read_running
 from backchannel.cli.screen import Failure
-from backchannel.cli.supervise import dies_with_parent, itself
+from backchannel.cli.supervise import APART_S, dies_with_parent, itself
 from backchannel.settings import Settings
 
 START_S = 100.0  # longer than the stack's own patience, which knows more
@@ -25,6 +26,7 @@ class OwnStack:
         self.log = settings.home_path / "logs" / "run.log"
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
+        self._hurried = asyncio.Event()
 
     @property
     def running(self) -> bool:
@@ -63,15 +65,25 @@ class OwnStack:
         raise Failure(f"Backchannel was not ready after {START_S:g} s. {self._last_words()}")
 
     async def stop(self) -> None:
-        """Let it drain; returns when it has gone."""
-        if self._process is not None and self.running:
-            self._process.send_signal(signal.SIGTERM)
-            await self._process.wait()
+        """Let it drain, or do not wait for that once hurried; returns when it has gone."""
+        if self._process is None or not self.running:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        gone = asyncio.create_task(self._process.wait(), name="own-stack-gone")
+        hurried = asyncio.create_task(self._hurried.wait(), name="own-stack-hurried")
+        await asyncio.wait({gone, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not gone.done():
+            # two signals at once are one to the kernel
+            await asyncio.wait({gone}, timeout=APART_S)
+        if not gone.done():
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGTERM)
+        await gone
 
     def hurry(self) -> None:
         """Do not wait for running jobs: they go back to the queue."""
-        if self._process is not None and self.running:
-            self._process.send_signal(signal.SIGTERM)
+        self._hurried.set()
 
     async def _somebody_else(self) -> bool:
         """Whether another process holds the home folder's lock, and so is starting a stack."""

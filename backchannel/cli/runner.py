@@ -87,13 +87,13 @@ class Runner:
             self.failure = _first(failures)
         finally:
             self._tidy()
-            await self.sender.close()
             self.own_stack = self.sender.stack.running
             if self.interrupted and self.own_stack:
                 self._progress.say(
                     "Stopping; running answers may finish. Press Ctrl-C again not to wait."
                 )
             await self.sender.stack.stop()
+            await self.sender.close()
 
     def _interrupt(self) -> None:
         if self._stop.is_set():

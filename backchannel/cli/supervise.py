@@ -16,6 +16,7 @@ from typing import TextIO
 PAUSE_S = 0.5  # before the first restart; doubled each time
 LONGEST_PAUSE_S = 10.0
 HEALTHY_S = 30.0  # a child that lived this long starts again without the doubled pause
+APART_S = 0.3  # between the two SIGTERMs, at least
 LAST_WORDS_S = 5.0  # from the second SIGTERM to SIGKILL
 
 _COLOURS = (36, 33, 35, 32, 34, 96, 93, 95)
@@ -137,6 +138,9 @@ class Supervisor:
             {task, hurry}, timeout=child.grace_s, return_when=asyncio.FIRST_COMPLETED
         )
         hurry.cancel()
+        if not task.done():
+            # two signals at once are one to the kernel
+            await asyncio.wait({task}, timeout=APART_S)
         if not task.done():
             self._signal(child, signal.SIGTERM)
             await asyncio.wait({task}, timeout=LAST_WORDS_S)

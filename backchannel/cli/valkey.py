@@ -160,11 +160,12 @@ def check_redis(settings: Settings) -> str:
             f"Redis refuses us: {error}. Put user and password into BACKCHANNEL_REDIS_URL."
         ) from error
     except (redis.RedisError, OSError) as error:
+        why = str(error).rstrip(".")
         raise Unavailable(
-            f"Redis at {_shown(settings.redis)} does not answer: {error}. Start it, or unset "
+            f"Redis at {_shown(settings.redis)} does not answer: {why}. Start it, or unset "
             "BACKCHANNEL_REDIS_URL to use the embedded Valkey."
             if settings.redis_url
-            else f"The embedded Valkey does not answer: {error}. Type: backchannel up",
+            else f"The embedded Valkey does not answer: {why}. Type: backchannel up",
             code="redis_unavailable",
         ) from error
     finally:
