@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import socket
 
@@ -25,9 +24,6 @@ def run(jobs_in_flight: int | None = None) -> int:
     slots = jobs_in_flight or settings.jobs_in_flight
     configure(settings, "worker")
     migrate(settings.database)
-    for chatter in ("celery.worker.strategy", "celery.app.trace"):
-        # a line per job received and done, with the tracer's runtime, not the coroutine's
-        logging.getLogger(chatter).setLevel(logging.WARNING)
     from workers.pool import AsyncioPool
     from workers.tasks import app
 
