@@ -69,10 +69,10 @@ def test_flower_needs_a_password(environment: dict[str, str]) -> None:
     assert "FLOWER_PASSWORD" in answer.stderr
 
 
-def test_flower_only_looks(services: dict[str, Any]) -> None:
+def test_flower_gets_its_password(services: dict[str, Any]) -> None:
     environment = services["flower"]["environment"]
-    assert environment["FLOWER_READ_ONLY"] == "true"
-    assert environment["FLOWER_BASIC_AUTH"] == "admin:secret"
+    # the command itself makes it read-only: tests/cli/test_commands.py
+    assert environment["FLOWER_PASSWORD"] == "secret"
 
 
 def test_data_outlives_the_containers(services: dict[str, Any]) -> None:
