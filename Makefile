@@ -14,7 +14,7 @@ PYTHONPATH=.bootstrap $(UV) pip install --quiet --offline --no-deps --no-build-i
 	--python .venv --editable .
 endef
 
-.PHONY: help install run up test check format lock clean
+.PHONY: help install run up test check format docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -33,6 +33,9 @@ up: .venv/.runtime ## Start broker, API, worker and Flower in one terminal
 test: .venv/.dev ## Run the tests: make test ARGS="-k stream -n 0"
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+chaos: .venv/.dev ## Break it on purpose and count what was promised: make chaos PROFILE=full
+	$(BIN)/python -m chaos --profile $(or $(PROFILE),quick) $(ARGS)
+
 check: .venv/.dev ## Format, lint, types, import arrows, unused dependencies, lock files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,6 +47,9 @@ check: .venv/.dev ## Format, lint, types, import arrows, unused dependencies, lo
 format: .venv/.dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/.runtime ## Write docs/settings.md anew from the settings
+	$(BIN)/python docs/generate.py
 
 lock: .bootstrap/.done ## Write the lock files anew from pyproject.toml: make lock ARGS=--upgrade
 	$(call compile,requirements.txt,pyproject.toml)

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Response
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, and_, bindparam, select
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from backchannel import bus
 from backchannel.accept import Accepted, NewJob, accept
+from backchannel.background import end
 from backchannel.books import Finished, Outcome
 from backchannel.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from backchannel.events import END, Event, decode, end_fields, pack_log, unpack_log
@@ -25,6 +26,15 @@ from backchannel.schemas import JOB, CreateJob, Job, JobList, job_of
 from backchannel.tables import CANCELLED, QUEUED, TERMINAL, jobs, requests, results, sessions
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute)
+
+_own = and_(jobs.c.id == bindparam("job"), jobs.c.caller == bindparam("who"))
+# Made once: to put a statement together costs more than to run it.
+_ONE = JOB.where(_own)
+_ASKED = (
+    select(jobs, requests.c.messages, requests.c.parameters)
+    .join(requests, requests.c.job_id == jobs.c.id)
+    .where(_own)
+)
 
 PING_S = 10  # below the 15 to 60 s after which proxies give up on a silent stream
 
@@ -103,13 +113,7 @@ async def retry_job(
 ) -> Job:
     """Ask the same again, as a new job with `parent_id`."""
 
-    def read(connection: Connection) -> Any:
-        asked = select(jobs, requests.c.messages, requests.c.parameters).join(
-            requests, requests.c.job_id == jobs.c.id
-        )
-        return connection.execute(asked.where(*_own(caller, job_id))).first()
-
-    row = await its.db.read(read)
+    row = await its.db.read(lambda c: c.execute(_ASKED, {"job": job_id, "who": caller}).first())
     if row is None:
         raise _no_job(job_id)
     if row.state not in TERMINAL:
@@ -211,14 +215,10 @@ async def read_job(its: Resources, caller: str, job_id: str) -> Job:
 
 
 def _read(connection: Connection, caller: str, job_id: str) -> Job:
-    row = connection.execute(JOB.where(*_own(caller, job_id))).first()
+    row = connection.execute(_ONE, {"job": job_id, "who": caller}).first()
     if row is None:
         raise _no_job(job_id)
     return job_of(row)
-
-
-def _own(caller: str, job_id: str) -> tuple[Any, Any]:
-    return jobs.c.id == job_id, jobs.c.caller == caller
 
 
 def _no_job(job_id: str) -> NotFound:
@@ -234,8 +234,7 @@ async def _until_finished(its: Resources, job_id: str, wait_s: float) -> None:
         await asyncio.wait(both, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in both:
-            task.cancel()
-        await asyncio.gather(*both, return_exceptions=True)
+            await end(task)
 
 
 async def _finished(its: Resources, job_id: str) -> None:
@@ -245,7 +244,8 @@ async def _finished(its: Resources, job_id: str) -> None:
             said: bytes | None = b""
             while said is not None and not _ends(said):
                 try:
-                    said = await asyncio.wait_for(queue.get(), timeout=bus.ROLL_CALL_S)
+                    async with asyncio.timeout(bus.ROLL_CALL_S):
+                        said = await queue.get()
                 except TimeoutError:
                     said = None  # Redis may be away: look at the row
 

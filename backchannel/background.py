@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 _AGAIN_S = 1.0
 
 
-async def end(task: asyncio.Task[None]) -> None:
+async def end(task: asyncio.Task[Any]) -> None:
     """Cancel a task and wait until it has ended, whatever it ends with.
 
     Once may not be enough: before Python 3.12 `asyncio.wait_for` swallows a cancellation that

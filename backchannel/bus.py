@@ -23,7 +23,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
-from backchannel import events
+from backchannel import events, faults
 from backchannel.background import end
 from backchannel.events import Event
 from backchannel.pubsub import OUTAGE, Listener
@@ -280,7 +280,11 @@ class Publisher:
                 pipe.evalsha(self._sha, 3, *stream.keys, *args)
         if not sending:
             return
+        if faults.ARMED and any(stream.log[-1].type == events.END for stream, _ in sending):
+            faults.hit("end.before")
         answers = await pipe.execute(raise_on_error=False)
+        if faults.ARMED:
+            faults.hit("flush.inside")
         for (stream, sent), answer in zip(sending, answers, strict=True):
             if isinstance(answer, NoScriptError):
                 self._sha = ""

@@ -7,7 +7,7 @@ gaps. The bytes a reader gets live are the bytes that are stored and replayed.
     delta      {text}                           a piece of the answer
     reasoning  {text}                           a piece of the model's visible reasoning
     tool_call  {index, id?, name?, arguments}   a piece of a tool call, as in chat completions
-    retrying   {attempt, code, message, at_ms}  the attempt failed; the next one starts at `at_ms`
+    retrying   {attempt, code, message, delay_ms}  it failed; the next one starts in `delay_ms`
     reset      {attempt, model}                 another attempt began: forget the text so far
     end        {state, finish_reason, usage, error}   exactly once, the last
 """

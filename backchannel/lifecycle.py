@@ -121,6 +121,7 @@ _CLAIM = (
         jobs.c.run_ms <= NOW,
         jobs.c.deadline_ms > NOW,
         jobs.c.cancel_ms.is_(None),
+        jobs.c.crashes < bindparam("crashes_below"),
         turn_has_come,
     )
     .values(
@@ -162,10 +163,22 @@ _HISTORY = (
 )
 
 
-def claim(connection: Connection, job_id: str, owner: str, lease_s: float) -> Claim | None:
-    """Take a queued job that is due; None means the doorbell was a duplicate, or too early."""
+def claim(
+    connection: Connection, job_id: str, owner: str, lease_s: float, crashes_below: int = 1000
+) -> Claim | None:
+    """Take a queued job that is due; None means the doorbell was a duplicate, or too early.
+
+    Args:
+        crashes_below: Leave jobs alone that have taken this many workers with them.
+    """
     row = connection.execute(
-        _CLAIM, {"job": job_id, "by_owner": owner, "lease_in_ms": int(lease_s * 1000)}
+        _CLAIM,
+        {
+            "job": job_id,
+            "by_owner": owner,
+            "lease_in_ms": int(lease_s * 1000),
+            "crashes_below": crashes_below,
+        },
     ).first()
     if row is None:
         return None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from backchannel.background import end
 from backchannel.books import Doorbell
@@ -153,7 +153,12 @@ def make_celery(settings: Settings) -> Celery:
     """The Celery app. Every setting that is not a default has its reason here."""
     from celery import Celery
     from kombu import Queue
+    from kombu.transport.redis import Transport
 
+    # A Redis that is full, read-only or loading is an outage like any other: reconnect. Celery
+    # takes these answers for defects and ends the worker.
+    if ResponseError not in Transport.connection_errors:
+        Transport.connection_errors = (*Transport.connection_errors, ResponseError)
     app = Celery("backchannel", set_as_current=False)
     app.conf.update(
         broker_url=broker_url(settings.redis),

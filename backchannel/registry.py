@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from backchannel.errors import InvalidRequest, ProviderKeyMissing, ProviderNotFound
+from backchannel.errors import InvalidRequest, ProviderKeyMissing, ProviderNotFound, SetupError
 from backchannel.settings import Settings, get_settings
 from backchannel.vault import provider_key
 
@@ -208,10 +208,11 @@ class Registry:
         """
         resolved = self._place(name)
         if not self.key_present(resolved.provider):
+            provider = resolved.provider
+            variable = provider.key_env or _variable(provider.id, "API_KEY")
             raise ProviderKeyMissing(
-                f"Provider '{resolved.provider.id}' has no key. Set "
-                f"{resolved.provider.key_env or _key_variable(resolved.provider.id)} where the "
-                "API and the workers start, or use the offline model 'echo:echo-1'.",
+                f"Provider '{provider.id}' has no key. Set {variable} where the API and the "
+                "workers start, or use the offline model 'echo:echo-1'.",
                 param="model",
             )
         return resolved
@@ -251,13 +252,22 @@ class Registry:
         )
 
 
-def _key_variable(provider_id: str) -> str:
-    return f"BACKCHANNEL_PROVIDERS__{provider_id.upper().replace('-', '_')}__API_KEY"
+def _variable(provider_id: str, field_name: str) -> str:
+    return f"BACKCHANNEL_PROVIDERS__{provider_id.upper().replace('-', '_')}__{field_name}"
 
 
 def build_registry(settings: Settings) -> Registry:
-    """The built-in providers with the operator's base URLs."""
+    """The built-in providers with the operator's base URLs.
+
+    Raises:
+        SetupError: The settings name a provider that is not there.
+    """
     providers = []
+    if unknown := settings.providers.keys() - {provider.id for provider in BUILT_IN}:
+        known = ", ".join(sorted(provider.id for provider in BUILT_IN))
+        raise SetupError(
+            f"{_variable(min(unknown), 'BASE_URL')} names no provider. Known are: {known}."
+        )
     for provider in BUILT_IN:
         override = settings.providers.get(provider.id)
         if override is not None and override.base_url:

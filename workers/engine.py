@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import structlog
 
-from backchannel import books, events, lifecycle
+from backchannel import books, events, faults, lifecycle
 from backchannel.bus import Stream
 from backchannel.db import Work
 from backchannel.errors import BackchannelError, ProviderError, Unavailable
@@ -52,24 +52,40 @@ class Report:
 
 async def run(process: Process, job_id: str) -> Report | None:
     """Run one job's next attempt to its end; None means there was nothing to do."""
+    last = process.settings.max_crashes - 1
+    report, claimed = await _attempt(process, job_id, crashes_below=last)
+    if not claimed and not process.last_chance.locked():
+        async with process.last_chance:
+            report, _ = await _attempt(process, job_id, crashes_below=last + 1)
+    return report
+
+
+async def _attempt(
+    process: Process, job_id: str, *, crashes_below: int
+) -> tuple[Report | None, bool]:
+    """Claim and run; also tells whether there was anything to claim."""
     if process.watchdog.lag_s > MAX_LAG_S:
         await process.watchdog.caught_up(MAX_LAG_S)
     if process.draining:
-        return None
+        return None, False
     asked = time.monotonic()
     try:
         claim = await process.db.write(
-            lambda c: lifecycle.claim(c, job_id, process.owner, process.settings.lease_s)
+            lambda c: lifecycle.claim(
+                c, job_id, process.owner, process.settings.lease_s, crashes_below
+            )
         )
     except Unavailable as error:
         log.warning("A job could not be claimed; it is rung again.", job=job_id, error=str(error))
-        return None
+        return None, False
     if claim is None:
-        return None
+        return None, False
+    if faults.ARMED:
+        faults.hit("claim.committed", f"{claim.provider}:{claim.model}")
     this = Run(process, claim, asked)
     process.runs[job_id, claim.attempt] = this
     try:
-        return await this.go()
+        return await this.go(), True
     finally:
         del process.runs[job_id, claim.attempt]
 
@@ -156,8 +172,10 @@ class Run:
         self.provider = self.process.registry.get(claim.provider)
         if self._stop is not None:
             raise _Stopped(self._stop)
+        self._fault("call.before_mark")
         if not await self.process.persist(lambda c: lifecycle.mark_call(c, claim)):
             raise _Stopped("lost")
+        self._fault("call.marked")
         self.called = True
         self._calling = asyncio.create_task(self._answer(self.provider), name=claim.job_id)
         self._cancel_if_stopped()  # a stop that came while the call was put on record
@@ -193,6 +211,8 @@ class Run:
                 if type(event) is Finish:
                     return event
                 take(event)
+                if faults.ARMED and self.answer.begun:
+                    self._fault("answer.first_delta")
         raise ProviderError("The adapter ended without a finish.", code="truncated")
 
     async def _after_error(self, error: ProviderError) -> Report | None:
@@ -273,9 +293,11 @@ class Run:
             error_message=error_message,
             spent=spent,
         )
+        self._fault("finish.before")
         finished = await self._write(lambda c: lifecycle.finish(c, self.claim, outcome))
         if not finished:
             return None
+        self._fault("finish.committed")
         self.stream.end(closed)
         await self.process.ring(finished.next)
         return self._report(state, spent)
@@ -291,6 +313,10 @@ class Run:
                 error=str(error),
             )
             return None
+
+    def _fault(self, point: str) -> None:
+        if faults.ARMED:
+            faults.hit(point, f"{self.claim.provider}:{self.claim.model}")
 
     def _spent(self, *, complete: bool) -> books.Spent | None:
         """What the attempt spent; None if no call was made, ``unknown`` if nobody told."""

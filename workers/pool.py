@@ -1,7 +1,7 @@
 """A Celery pool that runs each task as a coroutine on the process's event loop.
 
 The task begins when its coroutine begins and ends when it ends, so Flower's runtimes are true, and
-no thread waits for it. Finished coroutines come back through an eventfd that Celery's hub watches:
+no thread waits for it. Finished coroutines come back through a pipe that Celery's hub watches:
 the tracer, the acknowledgement and every other broker call stay on the main thread.
 """
 
@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import structlog
@@ -50,7 +51,9 @@ class AsyncioPool(BasePool):
         self.process = get_process(slots=self.limit)
         self._landed: deque[_Flight] = deque()
         self._in_flight = 0
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell, self._ring = os.pipe()
+        os.set_blocking(self._bell, False)
+        os.set_blocking(self._ring, False)
         self._grace_ends: float | None = None
 
     def register_with_event_loop(self, hub: Any) -> None:
@@ -79,14 +82,15 @@ class AsyncioPool(BasePool):
 
         def landed(_: Future[Any]) -> None:  # on the loop's thread
             self._landed.append(flight)
-            os.eventfd_write(self._bell, 1)
+            with suppress(BlockingIOError):  # full: it rings already
+                os.write(self._ring, b"\0")
 
         future.add_done_callback(landed)
 
     def _land(self, *_: Any) -> None:
         """Finish what has come back: on the main thread, under Celery's own tracer."""
         try:
-            os.eventfd_read(self._bell)
+            os.read(self._bell, 65_536)
         except BlockingIOError:
             return
         while self._landed:
@@ -131,6 +135,7 @@ class AsyncioPool(BasePool):
             self._wait_until(lambda: deadline)
         self.process.close()
         os.close(self._bell)
+        os.close(self._ring)
 
     def on_terminate(self) -> None:
         """Cold shutdown: as `on_stop` without the grace."""
@@ -138,7 +143,7 @@ class AsyncioPool(BasePool):
         self.on_stop()
 
     def _wait_until(self, deadline: Callable[[], float]) -> None:
-        # Celery's hub does not run while the pool stops, so this watches the eventfd itself
+        # Celery's hub does not run while the pool stops, so this watches the pipe itself
         while self._in_flight and time.monotonic() < deadline():
             select.select([self._bell], [], [], 0.1)
             self._land()

@@ -47,6 +47,9 @@ class Process:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
         self.draining = False
         self.runs: dict[tuple[str, int], Run] = {}
+        # held by the one job on its last chance that may run here: if it kills this process too,
+        # it takes no other such job with it
+        self.last_chance = asyncio.Lock()
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._live, name="engine-loop", daemon=True)
 

@@ -10,7 +10,7 @@ EPILOGUE = """\
 \b
 Examples:
   backchannel sessions
-  backchannel sessions show ses_…
+  backchannel sessions show session_…
 """
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the API answers it.")]
 
@@ -48,7 +48,7 @@ def list_sessions(
         say(f"More: backchannel sessions --after {page['next']}")
 
 
-@sessions.command(epilog="\b\nExample:\n  backchannel sessions show ses_…")
+@sessions.command(epilog="\b\nExample:\n  backchannel sessions show session_…")
 def show(
     session_id: Annotated[
         str, typer.Argument(metavar="ID", help="A session's id.", show_default=False)

@@ -10,7 +10,7 @@ EPILOGUE = """\
 \b
 Examples:
   backchannel usage --by model
-  backchannel usage --by provider --by day --since 2026-11-01 --json
+  backchannel usage --by provider --by day --since 2026-11-01T00:00:00Z --json
 """
 GROUPS = ("model", "provider", "session", "lane", "day")
 

@@ -129,5 +129,3 @@ def frames_of(log: list[Event]) -> bytes:
 def after(frames: bytes, seq: int) -> bytes:
     """The frames numbered above `seq`."""
     return b"".join(match[0] for match in FRAME.finditer(frames) if int(match[1]) > seq)
-
-

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,8 +14,8 @@ import pytest
 
 from backchannel import lifecycle
 from backchannel.db import Database
-from backchannel.queue import queue_length
 from backchannel.pubsub import connect
+from backchannel.queue import queue_length
 from backchannel.settings import Settings
 from backchannel.tables import BATCH, CANCELLED, FAILED, INTERACTIVE, RUNNING, SUCCEEDED
 from tests import makers
@@ -135,15 +136,14 @@ async def test_a_failed_job_says_why_and_unknown_usage_is_null_not_zero(
 
 
 async def test_a_job_is_accepted_within_a_moment_when_redis_is_frozen_or_gone(
-    database_url: str, tmp_path: Any
+    database: Database, database_url: str, tmp_path: Path
 ) -> None:
     with valkey() as server:
         settings = Settings(home=tmp_path, database_url=database_url, redis_url=server.url)
         async with serving(settings) as url, httpx2.AsyncClient(base_url=url) as client:
             await post(client)
-            server.freeze()
-            for away in (lambda: None, server.kill):
-                away()
+            for take_away in (server.freeze, server.kill):
+                take_away()
                 for _ in range(5):
                     started = time.monotonic()
                     job = await post(client)
@@ -152,13 +152,7 @@ async def test_a_job_is_accepted_within_a_moment_when_redis_is_frozen_or_gone(
             started = time.monotonic()
             assert (await client.post(f"/v1/jobs/{job['id']}/cancel")).json()["state"] == CANCELLED
             assert time.monotonic() - started < 1.0
-    assert len(makers.rows(database_url_of(settings), "jobs")) == 11
-
-
-def database_url_of(settings: Settings) -> Database:
-    database = Database(settings.database, name="look")
-    database.close()
-    return database
+    assert len(makers.rows(database, "jobs")) == 11
 
 
 # ---------------------------------------------------------------- idempotency
@@ -275,11 +269,11 @@ async def test_wait_gives_up_in_time(client: httpx2.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("how", ["frozen", "gone"])
-async def test_wait_works_without_redis(database: Database, tmp_path: Any, how: str) -> None:
+async def test_wait_works_without_redis(
+    database: Database, database_url: str, tmp_path: Path, how: str
+) -> None:
     with valkey() as server:
-        settings = Settings(
-            home=tmp_path, database_url=str_url(database), redis_url=server.url
-        )
+        settings = Settings(home=tmp_path, database_url=database_url, redis_url=server.url)
         async with serving(settings) as url, httpx2.AsyncClient(base_url=url) as client:
             job_id = (await post(client))["id"]
             if how == "frozen":
@@ -295,10 +289,6 @@ async def test_wait_works_without_redis(database: Database, tmp_path: Any, how: 
             started = time.monotonic()
             assert (await waiting).json()["state"] == SUCCEEDED
             assert time.monotonic() - started < 4
-
-
-def str_url(database: Database) -> str:
-    return database.engine.url.render_as_string(hide_password=False)
 
 
 # ---------------------------------------------------------------- cancel
@@ -451,16 +441,13 @@ async def test_somebody_else_s_job_is_not_there(
 
 
 def test_the_api_never_loads_a_provider_sdk_nor_celery() -> None:
+    program = """if True:
+        import sys, api.main
+        from backchannel.settings import Settings
+        api.main.create_app(Settings())
+        print(*{"openai", "anthropic", "celery", "kombu", "alembic"} & set(sys.modules))
+    """
     loaded = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, api.main; from backchannel.settings import Settings\n"
-            "api.main.create_app(Settings())\n"
-            "print(*{'openai', 'anthropic', 'celery', 'kombu', 'alembic'} & set(sys.modules))",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert loaded.stdout.strip() == ""

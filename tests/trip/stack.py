@@ -87,13 +87,14 @@ class Stack:
         self.url = self.url or url
         return url
 
-    def worker(self, jobs_in_flight: int = 50) -> subprocess.Popen[bytes]:
+    def worker(self, jobs_in_flight: int = 50, *, wait: bool = True) -> subprocess.Popen[bytes]:
         """Start a worker process and wait until it is ready."""
         log = self.home / f"worker-{len(self.processes)}.log"
         process = self._spawn(
             "worker", "backchannel", "worker", "--jobs-in-flight", str(jobs_in_flight)
         )
-        self._until(process, lambda: "The worker is ready." in log.read_text())
+        if wait:
+            self._until(process, lambda: "The worker is ready." in log.read_text())
         return process
 
     def workers(self) -> int:

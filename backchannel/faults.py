@@ -1,0 +1,36 @@
+"""Named places where the chaos suite kills a process; they cost nothing unless one is armed.
+
+``BACKCHANNEL_FAULT=finish.committed@3`` kills this process with SIGKILL at the third passage of
+that point; ``call.marked@openai:gpt-x`` at every passage of a job with that model.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+POINTS = (
+    "claim.committed",  # the job is running and owned, nothing else has happened
+    "call.before_mark",
+    "call.marked",  # on record, not yet made
+    "answer.first_delta",
+    "finish.before",  # the answer is complete, nothing of it is stored
+    "finish.committed",  # stored, Celery and the stream do not know
+    "end.before",  # the end event is next in the flusher's pipeline
+    "flush.inside",  # Redis has the events, the worker has not heard so
+)
+
+ARMED, _, _when = os.environ.get("BACKCHANNEL_FAULT", "").partition("@")
+if ARMED and ARMED not in POINTS:
+    raise SystemExit(f"BACKCHANNEL_FAULT: there is no point '{ARMED}', only {', '.join(POINTS)}.")
+_left = int(_when) if _when.isdigit() else 0
+
+
+def hit(point: str, model: str = "") -> None:
+    """Die here if this point is armed. Call it as ``if faults.ARMED: faults.hit(…)``."""
+    global _left
+    if point != ARMED or (not _when.isdigit() and _when != model):
+        return
+    _left -= 1
+    if _left <= 0:
+        os.kill(os.getpid(), signal.SIGKILL)

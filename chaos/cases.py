@@ -1,0 +1,81 @@
+"""What a case is: a name, where it runs, and a function that does harm and returns its figures."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from chaos.world import World
+
+Harm = Callable[[World, bool], Awaitable[dict[str, Any]]]
+
+QUICK_LEASES = {
+    "BACKCHANNEL_LEASE_S": "4",
+    "BACKCHANNEL_HEARTBEAT_S": "1",
+    "BACKCHANNEL_FENCE_S": "3",
+    "BACKCHANNEL_GRACE_S": "5",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of harm.
+
+    Attributes:
+        quick: Whether it belongs to the quick profile too, with smaller numbers.
+        databases: On which databases it runs in the full profile; quick takes the first.
+    """
+
+    name: str
+    harm: Harm
+    quick: bool = True
+    databases: tuple[str, ...] = ("sqlite",)
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+CASES: list[Case] = []
+
+
+def case(
+    name: str,
+    *,
+    quick: bool = True,
+    databases: tuple[str, ...] = ("sqlite",),
+    **settings: object,
+) -> Callable[[Harm], Harm]:
+    """Register a case; settings by their short names."""
+
+    def register(harm: Harm) -> Harm:
+        named = {f"BACKCHANNEL_{key.upper()}": str(value) for key, value in settings.items()}
+        CASES.append(Case(name, harm, quick, databases, {**QUICK_LEASES, **named}))
+        return harm
+
+    return register
+
+
+def recovery(world: World, since: float) -> dict[str, float]:
+    """Seconds from a harm to the moment each job that it hit was finished: p50, p95, max."""
+    rows = world.rows("SELECT finished_ms FROM jobs WHERE attempt > 1 AND finished_ms IS NOT NULL")
+    waits = sorted(max(row.finished_ms / 1000 - since, 0.0) for row in rows)
+    if not waits:
+        return {}
+    return {
+        "recovered": len(waits),
+        "recovery_p50_s": round(statistics.median(waits), 1),
+        "recovery_p95_s": round(waits[int(len(waits) * 0.95)], 1),
+        "recovery_max_s": round(waits[-1], 1),
+    }
+
+
+def accept_p99_s(world: World) -> float:
+    """The 99th percentile of POST times so far."""
+    times = sorted(world.accept_s)
+    return round(times[min(int(len(times) * 0.99), len(times) - 1)], 3)
+
+
+def now() -> float:
+    """Wall-clock seconds, as the rows have them."""
+    return time.time()

@@ -1,0 +1,121 @@
+"""Workers that die, freeze, are drained, or meet a job that kills them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from typing import Any
+
+from backchannel.faults import POINTS
+from chaos.cases import case, now, recovery
+from chaos.invariants import extra_calls
+from chaos.world import World
+
+BOTH = ("sqlite", "postgresql")
+
+
+@case("workers.kill9", databases=BOTH)
+async def kill_a_worker_every_two_seconds(world: World, full: bool) -> dict[str, Any]:
+    """Three caretakers at once, and every 2 s one of them is shot."""
+    for _ in range(3):
+        world.worker()
+    began = now()
+
+    def shoot() -> None:
+        world.kill(world.workers[0])
+        world.worker()
+
+    with world.every(2.0, shoot):
+        await world.accept(2000 if full else 250, "openai:ok-t20-d40", lane="batch")
+        await asyncio.to_thread(world.settle, 600 if full else 90)
+    return {
+        "kills": world.kills,
+        "extra_calls_per_kill": round(extra_calls(world) / max(world.kills, 1), 1),
+        **recovery(world, began),
+    }
+
+
+@case("workers.zombie", databases=BOTH)
+async def freeze_a_worker_beyond_its_lease(world: World, full: bool) -> dict[str, Any]:
+    """SIGSTOP, another worker takes over, SIGCONT: the first one must write nothing."""
+    zombie = world.worker()
+    await world.accept(200 if full else 30, "openai:ok-t60-d50")
+    await asyncio.sleep(1.5)
+    os.kill(zombie.pid, signal.SIGSTOP)
+    frozen = now()
+    world.worker()
+    await asyncio.sleep(6.0)  # the lease is 4
+    os.kill(zombie.pid, signal.SIGCONT)
+    await asyncio.to_thread(world.settle, 120)
+    return recovery(world, frozen)
+
+
+@case("workers.fault_points", databases=BOTH)
+async def kill_at_each_fault_point(world: World, full: bool) -> dict[str, Any]:
+    """A worker kills itself at every named place, one after the other."""
+    died: list[str] = []
+    for point in POINTS:
+        doomed = world.worker(fault=f"{point}@1")
+        await world.accept(3, "openai:ok-t10-d10")
+        with suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(doomed.wait, 30)
+        if doomed.poll() is None:
+            world.kill(doomed)
+        else:
+            died.append(point)
+            world.workers.remove(doomed)
+    world.worker()
+    await asyncio.to_thread(world.settle, 120)
+    assert died == list(POINTS), f"not reached: {set(POINTS) - set(died)}"
+    return {"points": len(died), "extra_calls": extra_calls(world)}
+
+
+@case("workers.poison")
+async def a_job_that_kills_workers(world: World, full: bool) -> dict[str, Any]:
+    """It fails after three crashes, and its neighbours all succeed."""
+    poison = "openai:ok-t7"
+    fault = f"call.marked@{poison}"
+    world.worker(fault=fault)
+    neighbours = await world.accept(20, "openai:ok-t40-d50")
+    (bad,) = await world.accept(1, poison)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if world.workers[0].poll() is not None:
+            world.kills += 1
+            world.workers.clear()
+            world.worker(fault=fault)
+        states = {row.id: row.state for row in world.rows("SELECT id, state FROM jobs")}
+        if states[bad] == "failed" and {states[n] for n in neighbours} == {"succeeded"}:
+            break
+        await asyncio.sleep(0.25)
+    (job,) = world.rows(f"SELECT * FROM jobs WHERE id = '{bad}'")
+    assert (job.state, job.error_code, job.crashes) == ("failed", "poison", 3), job
+    bad_neighbours = [n for n in neighbours if states[n] != "succeeded"]
+    assert not bad_neighbours, f"{len(bad_neighbours)} neighbours were hurt"
+    return {"kills": world.kills}
+
+
+@case("workers.drain")
+async def drain_with_running_jobs(world: World, full: bool) -> dict[str, Any]:
+    """What fits in the grace time finishes, the rest is handed back, the exit is in time."""
+    leaving = world.worker()
+    await world.accept(10, "openai:ok-t20-d50")  # 1 s
+    await world.accept(10, "openai:ok-t200-d50")  # 10 s, the grace time is 5
+    await asyncio.sleep(2.0)
+    started = time.monotonic()
+    os.kill(leaving.pid, signal.SIGTERM)
+    await asyncio.to_thread(leaving.wait, 60)
+    exit_s = time.monotonic() - started
+    world.workers.remove(leaving)
+    left = world.states()
+    assert "running" not in left, left
+    assert exit_s < 5 + 2 + 3, f"{exit_s:.1f} s"  # 3 for this machine
+    world.worker()
+    await asyncio.to_thread(world.settle, 60)
+    (crashed,) = world.rows("SELECT count(*) AS n FROM jobs WHERE crashes > 0")
+    assert crashed.n == 0
+    return {"exit_s": round(exit_s, 1), "handed_back": left.get("queued", 0)}
