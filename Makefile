@@ -14,7 +14,7 @@ PYTHONPATH=.bootstrap $(UV) pip install --quiet --offline --no-deps --no-build-i
 	--python .venv --editable .
 endef
 
-.PHONY: help install run up test check format docs lock clean
+.PHONY: help install run up test check chaos format docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list

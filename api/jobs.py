@@ -35,6 +35,8 @@ _ASKED = (
     .join(requests, requests.c.job_id == jobs.c.id)
     .where(_own)
 )
+_STATE = select(jobs.c.state).where(jobs.c.id == bindparam("job"))
+_LOG = select(results.c.log).where(results.c.job_id == bindparam("job"))
 
 PING_S = 10  # below the 15 to 60 s after which proxies give up on a silent stream
 
@@ -238,9 +240,10 @@ async def _until_finished(its: Resources, job_id: str, wait_s: float) -> None:
 
 
 async def _finished(its: Resources, job_id: str) -> None:
-    state = select(jobs.c.state).where(jobs.c.id == job_id)
     async with its.listener.subscribed(bus.keys_of(its.prefix, job_id).channel) as queue:
-        while await its.db.read(lambda c: c.execute(state).scalar()) not in TERMINAL:
+        while (
+            await its.db.read(lambda c: c.execute(_STATE, {"job": job_id}).scalar()) not in TERMINAL
+        ):
             said: bytes | None = b""
             while said is not None and not _ends(said):
                 try:
@@ -321,10 +324,8 @@ async def _frames(its: Resources, job_id: str, after: int) -> AsyncIterator[byte
 
 
 async def _stored_log(its: Resources, job_id: str) -> list[Event] | None:
-    log = select(results.c.log).where(results.c.job_id == job_id)
-
     def read(connection: Connection) -> list[Event] | None:
-        packed = connection.execute(log).scalar()
+        packed = connection.execute(_LOG, {"job": job_id}).scalar()
         return None if packed is None else unpack_log(packed)
 
     try:
