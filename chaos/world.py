@@ -19,6 +19,7 @@ from backchannel.db import Database, migrate
 from tests.servers import Postgres, Valkey
 from tests.trip.stack import Stack
 
+_MIGRATING = threading.Lock()  # Alembic's context is one for all threads of a process
 TERMINAL = ("succeeded", "failed", "cancelled", "expired")
 
 
@@ -33,7 +34,8 @@ class World:
         database_url: str,
         settings: dict[str, str],
     ) -> None:
-        migrate(database_url)
+        with _MIGRATING:
+            migrate(database_url)
         self.stack = Stack(home, valkey, database_url, **settings)
         self.valkey = valkey
         self.postgres = postgres

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import importlib
 import ssl
-import sys
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,6 +35,16 @@ ERROR_BODY_CAP = 64 << 10  # the SDKs read an error's body whole, however long i
 NO_KEY = "no-key-needed"  # the SDKs insist on one; keyless servers ignore it
 
 SDK = {"openai-compatible": "openai", "anthropic": "anthropic"}
+# What a first call would import, the resources that the SDKs load lazily included.
+SDK_MODULES = {
+    "openai": ("openai", "openai.resources.chat.completions"),
+    "anthropic": ("anthropic", "anthropic.resources.messages"),
+}
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        importlib.import_module(module)
 
 
 class _Key(NamedTuple):
@@ -63,6 +72,7 @@ class ClientCache:
         self._max_clients = max_clients
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
         self._retired: list[_Entry] = []
+        self._imports: dict[str, asyncio.Task[None]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -84,8 +94,8 @@ class ClientCache:
             ProviderKeyMissing: The provider needs a key that is not set.
         """
         sdk = SDK.get(provider.type)
-        if sdk and sdk not in sys.modules:  # 1-2 s of importing, in which other streams go on
-            await asyncio.to_thread(importlib.import_module, sdk)
+        if sdk:
+            await self._imported(sdk)
         entry = self._entry(provider)
         if entry is None:
             yield None
@@ -96,6 +106,17 @@ class ClientCache:
         finally:
             entry.users -= 1
             await self._close_unused()
+
+    async def _imported(self, sdk: str) -> None:
+        """Import an SDK in a thread: 1-2 s and more, in which other streams and heartbeats go on.
+
+        Every job waits for the same import. Asking `sys.modules` is not enough: a half-imported SDK
+        stands there already, and touching it would block the loop on the import lock.
+        """
+        if sdk not in self._imports:
+            loading = asyncio.to_thread(_import, SDK_MODULES[sdk])
+            self._imports[sdk] = asyncio.create_task(loading, name=f"import-{sdk}")
+        await asyncio.shield(self._imports[sdk])
 
     async def reset(self, provider_id: str) -> None:
         """Forget a provider's clients: its key or address changed. Running streams finish."""

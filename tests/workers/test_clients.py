@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -51,6 +53,30 @@ async def test_echo_needs_none(cache: ClientCache) -> None:
     async with cache.use(echo) as client:
         assert client is None
     assert len(cache) == 0
+
+
+async def test_all_jobs_wait_for_one_import_and_the_loop_waits_for_none(
+    cache: ClientCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = threading.Event()
+    asked: list[str] = []
+
+    def half_imported(module: str) -> None:  # it stands in sys.modules already
+        asked.append(module)
+        done.wait(30)
+
+    monkeypatch.setattr("workers.clients.importlib.import_module", half_imported)
+
+    async def first_call() -> None:
+        async with cache.use(OPENAI):
+            pass
+
+    calls = [asyncio.create_task(first_call()) for _ in range(5)]
+    await asyncio.sleep(0.2)
+    assert not any(call.done() for call in calls)
+    done.set()
+    await asyncio.gather(*calls)
+    assert asked.count("openai") == 1
 
 
 async def test_a_missing_key_is_an_error_not_another_provider(cache: ClientCache) -> None:
