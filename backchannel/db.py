@@ -6,9 +6,9 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,16 +49,38 @@ def _now_ms_sqlite(_element: Any, _compiler: Any, **_kw: Any) -> str:
     return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 
 
-def create(url: str) -> Engine:
+# A server that is frozen, or behind a path that swallows packets, must become an error: without
+# these a write waits for as long as the kernel does. Sources: libpq's connection parameters.
+_POSTGRES_LIMITS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "options": "-c statement_timeout=10000 -c lock_timeout=5000",
+}
+# Longer than any of them, and the last word where the kernel answers for a stopped server.
+PATIENCE_S = 20.0
+
+
+def create(url: str, *, limited: bool = False) -> Engine:
     """An engine whose transactions on SQLite start with BEGIN IMMEDIATE.
 
     A deferred transaction that reads and then writes fails with "database is locked" whatever the
     busy timeout is (2,289 of 4,000 in a test); one that starts as a writer waits its turn.
+
+    Args:
+        limited: Give up on statements of more than 10 s; migrations may take longer.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
         return create_engine(
-            parsed, pool_size=8, max_overflow=0, pool_timeout=5, pool_pre_ping=True
+            parsed,
+            pool_size=8,
+            max_overflow=0,
+            pool_timeout=5,
+            pool_pre_ping=True,
+            connect_args=_POSTGRES_LIMITS if limited else {},
         )
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         raise SetupError(
@@ -96,7 +118,7 @@ class Database:
     """
 
     def __init__(self, url: str, *, name: str) -> None:
-        self.engine = create(url)
+        self.engine = create(url, limited=True)
         self._readers = ThreadPoolExecutor(4, thread_name_prefix=f"{name}-db-reader")
         self._queue: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._closed = False
@@ -111,7 +133,9 @@ class Database:
         Raises:
             Unavailable: The database does not answer; the work may or may not have happened.
         """
-        return await asyncio.wrap_future(self.submit(work))
+        with _patience():
+            async with asyncio.timeout(PATIENCE_S):
+                return await asyncio.wrap_future(self.submit(work))
 
     def submit(self, work: Work[T]) -> Future[T]:
         """`write` for threads: the future completes once the work is durable."""
@@ -128,7 +152,10 @@ class Database:
         Raises:
             Unavailable: The database does not answer.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self.read_now, work)
+        loop = asyncio.get_running_loop()
+        with _patience():
+            async with asyncio.timeout(PATIENCE_S):
+                return await loop.run_in_executor(self._readers, self.read_now, work)
 
     def read_now(self, work: Work[T]) -> T:
         """`read` on this thread, for the command line and for start-up."""
@@ -196,6 +223,16 @@ class Database:
                 future.set_result(result)
 
 
+@contextmanager
+def _patience() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        raise Unavailable(
+            f"The database has not answered for {PATIENCE_S:.0f} s.", code="database_unavailable"
+        ) from error
+
+
 def _closed() -> Unavailable:
     return Unavailable("The database was closed: this process is stopping.")
 
@@ -205,7 +242,15 @@ def _is_conflict(error: BaseException) -> bool:
     return getattr(getattr(error, "orig", None), "sqlstate", None) in {"40001", "40P01"}
 
 
+# PostgreSQL's own words for "not now": read-only (a failover), shutting down, out of resources,
+# connection lost (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+_NOT_NOW = ("25006", "57P", "53", "08")
+
+
 def _is_outage(error: BaseException) -> bool:
+    sqlstate = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+    if sqlstate.startswith(_NOT_NOW):
+        return True
     return not _is_conflict(error) and (
         isinstance(error, OperationalError | PoolTimeout)
         or (isinstance(error, DBAPIError) and error.connection_invalidated)

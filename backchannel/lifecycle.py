@@ -200,7 +200,8 @@ def claim(
 
 
 def sign_on(connection: Connection, owner: str, host: str, pid: int, slots: int) -> None:
-    """A worker process begins; the dispatcher counts its slots."""
+    """A worker process begins; the dispatcher counts its slots. Old dead ones are forgotten."""
+    connection.execute(delete(workers).where(workers.c.seen_ms < NOW - 86_400_000))
     connection.execute(
         insert(workers).values(started_ms=NOW, seen_ms=NOW),
         {"owner": owner, "host": host, "pid": pid, "slots": slots, "in_flight": 0},

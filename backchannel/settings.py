@@ -94,7 +94,9 @@ class Settings(BaseSettings):
         15.0,
         description="Seconds without a renewed lease after which a worker stops its own calls.",
     )
-    max_crashes: int = Field(3, description="Crashed attempts after which a job fails as poison.")
+    max_crashes: int = Field(
+        3, ge=1, description="Crashed attempts after which a job fails as poison."
+    )
     max_retries: int = Field(
         5, description="Retries after provider errors that burn an attempt; 429 and 529 do not."
     )

@@ -34,7 +34,7 @@ BATCH = "batch"
 LANES = (INTERACTIVE, BATCH)  # in the order they are served
 
 
-def _ms(*, null: bool = False, index: bool = False) -> Any:
+def _big(*, null: bool = False, index: bool = False) -> Any:
     return Field(sa_column=Column(BigInteger, nullable=null, index=index))
 
 
@@ -103,19 +103,19 @@ class Job(SQLModel, table=True):
     parent_id: str | None = None
     stream: bool = True
     meta: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
-    created_ms: int = _ms()
-    run_ms: int = _ms()  # not before
-    deadline_ms: int = _ms()
-    rung_ms: int | None = _ms(null=True)
-    started_ms: int | None = _ms(null=True)  # of the first attempt
-    finished_ms: int | None = _ms(null=True)
-    cancel_ms: int | None = _ms(null=True)
+    created_ms: int = _big()
+    run_ms: int = _big()  # not before
+    deadline_ms: int = _big()
+    rung_ms: int | None = _big(null=True)
+    started_ms: int | None = _big(null=True)  # of the first attempt
+    finished_ms: int | None = _big(null=True)
+    cancel_ms: int | None = _big(null=True)
     rank: int = 1  # 0: ahead of the line, after a crash or a hand-back
     attempt: int = 0  # the fencing token
     retries: int = 0
     crashes: int = 0
     owner: str | None = None
-    lease_ms: int | None = _ms(null=True)
+    lease_ms: int | None = _big(null=True)
     finish_reason: str | None = None
     error_code: str | None = None
     error_message: str | None = None
@@ -149,9 +149,9 @@ class Attempt(SQLModel, table=True):
     job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
     attempt: int = Field(primary_key=True)
     owner: str
-    started_ms: int = _ms()
-    provider_call_ms: int | None = _ms(null=True)
-    finished_ms: int | None = _ms(null=True)
+    started_ms: int = _big()
+    provider_call_ms: int | None = _big(null=True)
+    finished_ms: int | None = _big(null=True)
     outcome: str | None = None  # a terminal state, or retried | reaped | handed_back
     error_code: str | None = None
     error_message: str | None = None
@@ -185,14 +185,14 @@ class Usage(SQLModel, table=True):
     session_id: str | None = None
     lane: str
     source: str  # final | partial | estimated | unknown
-    input_tokens: int | None = None
-    cached_tokens: int | None = None
-    cache_write_tokens: int | None = None
-    output_tokens: int | None = None
-    reasoning_tokens: int | None = None
-    cost_nanousd: int | None = _ms(null=True)
+    input_tokens: int | None = _big(null=True)
+    cached_tokens: int | None = _big(null=True)
+    cache_write_tokens: int | None = _big(null=True)
+    output_tokens: int | None = _big(null=True)
+    reasoning_tokens: int | None = _big(null=True)
+    cost_nanousd: int | None = _big(null=True)
     price_date: str | None = None  # the day whose price was taken, and from which price list
-    created_ms: int = _ms()
+    created_ms: int = _big()
 
 
 class ChatSession(SQLModel, table=True):
@@ -209,8 +209,8 @@ class ChatSession(SQLModel, table=True):
     model_version: int = 1  # counts switches
     last_seq: int = 0  # sequence numbers up to here are taken
     meta: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
-    created_ms: int = _ms()
-    updated_ms: int = _ms()
+    created_ms: int = _big()
+    updated_ms: int = _big()
 
 
 class Turn(SQLModel, table=True):
@@ -224,7 +224,7 @@ class Turn(SQLModel, table=True):
     message: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
     provider: str | None = None  # of an answer
     model: str | None = None
-    created_ms: int = _ms()
+    created_ms: int = _big()
 
 
 class Outbox(SQLModel, table=True):
@@ -234,7 +234,7 @@ class Outbox(SQLModel, table=True):
 
     job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
     event: str  # job.succeeded, job.failed, …
-    created_ms: int = _ms()
+    created_ms: int = _big()
 
 
 class Worker(SQLModel, table=True):
@@ -247,8 +247,8 @@ class Worker(SQLModel, table=True):
     pid: int
     slots: int
     in_flight: int = 0
-    started_ms: int = _ms()
-    seen_ms: int = _ms(index=True)
+    started_ms: int = _big()
+    seen_ms: int = _big(index=True)
 
 
 # The same tables as Core sees them, for the statements of the hot path.

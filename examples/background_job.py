@@ -77,8 +77,10 @@ def follow(job_id: str) -> Iterator[dict[str, Any]]:
                     yield event
                     if event["type"] == "end":
                         return
+            why = "the connection was closed"
         except BROKEN as error:
-            print(f"[{error}; going on after event {last}]", file=sys.stderr)
+            why = str(error)
+        print(f"[{why}; going on after event {last}]", file=sys.stderr)
         time.sleep(1)
     raise SystemExit(f"The stream of {job_id} does not end.")
 

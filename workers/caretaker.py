@@ -33,6 +33,7 @@ WINDOW_PER_SLOT = 4  # doorbells in Redis for each slot: enough to never starve,
 def habits(process: Process) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
     """The caretaker's tasks, with their names."""
     yield "reaper", _reap_forever(process)
+    yield "expiry", _expire_forever(process)
     yield "dispatcher", _dispatch_forever(process)
 
 
@@ -41,6 +42,12 @@ async def _reap_forever(process: Process) -> None:
         # jittered, so that many caretakers do not all look at once
         await asyncio.sleep(REAP_S * random.uniform(0.75, 1.0))
         await survive("The reaper could not look.", lambda: reap(process))
+
+
+async def _expire_forever(process: Process) -> None:
+    # not the reaper's: with Redis frozen each closing waits for it, and reaping must not
+    while True:
+        await asyncio.sleep(REAP_S * random.uniform(0.75, 1.0))
         await survive("The expiry could not look.", lambda: close_overdue(process))
 
 

@@ -7,10 +7,11 @@ import contextlib
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal, TypeVar
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from backchannel import books, events, faults, lifecycle
 from backchannel.bus import Stream
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 MAX_LAG_S = 0.2  # a loop this late takes no more jobs: overload would become connect timeouts
 BACKOFF_BASE_S = 1.0
+MOST_TOKENS = 2**53  # what a provider reports beyond this, or below 0, is not a count
 
 Stop = Literal["lost", "cancelled", "handed_back", "stalled", "too_long", "expired"]
 
@@ -52,7 +54,7 @@ class Report:
 
 async def run(process: Process, job_id: str) -> Report | None:
     """Run one job's next attempt to its end; None means there was nothing to do."""
-    last = process.settings.max_crashes - 1
+    last = max(process.settings.max_crashes - 1, 1)
     report, claimed = await _attempt(process, job_id, crashes_below=last)
     if not claimed and not process.last_chance.locked():
         async with process.last_chance:
@@ -154,6 +156,9 @@ class Run:
             finish = await self._call()
         except ProviderError as error:
             return await self._after_error(error)
+        except Unavailable:
+            # the database stayed away before the call: not the job's fault
+            return await self._after_stop("handed_back")
         except BackchannelError as error:
             return await self._finish(FAILED, error_code=error.code, error_message=error.message)
         except _Stopped as stopped:
@@ -195,7 +200,9 @@ class Run:
             model=claim.model,
             messages=claim.messages,
             parameters=claim.parameters,
-            stream=claim.stream,
+            # also when nobody can watch: content is what the watchdog hears, and what a broken
+            # attempt has spent is known only from its stream
+            stream=True,
             line_cap=settings.max_line_bytes,
             answer_cap=settings.max_answer_bytes,
         )
@@ -224,7 +231,8 @@ class Run:
             code=error.code,
             error=error.message,
         )
-        delay_s = retry_delay_s(error, claim, self.process.settings)
+        left_s = self._expires - time.monotonic()
+        delay_s = retry_delay_s(error, claim, self.process.settings, left_s)
         if delay_s is None:
             return await self._finish(FAILED, error_code=error.code, error_message=error.message)
         spent = self._spent(complete=False)
@@ -252,9 +260,7 @@ class Run:
 
     async def _after_stop(self, reason: Stop) -> Report | None:
         match reason:
-            case "lost":
-                return None
-            case "handed_back":
+            case "lost" | "handed_back":
                 spent = self._spent(complete=False)
                 back = await self._write(lambda c: lifecycle.hand_back(c, self.claim, spent))
                 return self._report("handed back", spent) if back else None
@@ -277,8 +283,12 @@ class Run:
         finish_reason: str | None = None,
         error_code: str | None = None,
         error_message: str | None = None,
+        bare: bool = False,
     ) -> Report | None:
+        """The one finish; `bare` leaves out what the provider said, because it cannot be stored."""
         spent = self._spent(complete=state == SUCCEEDED)
+        if bare and spent is not None:
+            spent = books.Spent("unknown", None)
         assert self.stream is not None
         end = end_fields(
             state, finish_reason, spent.as_json() if spent else None, error_code, error_message
@@ -288,13 +298,25 @@ class Run:
             state=state,
             log=events.pack_log(closed),
             finish_reason=finish_reason,
-            message=self.answer.message(),
+            message=None if bare else self.answer.message(),
             error_code=error_code,
             error_message=error_message,
             spent=spent,
         )
         self._fault("finish.before")
-        finished = await self._write(lambda c: lifecycle.finish(c, self.claim, outcome))
+        try:
+            finished = await self._write(lambda c: lifecycle.finish(c, self.claim, outcome))
+        except SQLAlchemyError:
+            if bare:
+                raise
+            # or the job would run again, and be paid again, until it counts as poison
+            log.exception("The database refused a finish.", job=self.claim.job_id)
+            return await self._finish(
+                FAILED,
+                error_code="internal_error",
+                error_message="The database refused the answer.",
+                bare=True,
+            )
         if not finished:
             return None
         self._fault("finish.committed")
@@ -305,7 +327,10 @@ class Run:
     async def _write(self, work: Work[T]) -> T | None:
         """Write what ends the attempt; a database that stays away leaves it to the reaper."""
         try:
-            return await self.process.persist(work)
+            written = await self.process.persist(work)
+            # the commit has just proved whose attempt it is: its last event may still go out
+            self.renew(time.monotonic())
+            return written
         except Unavailable as error:
             log.error(
                 "An attempt's end could not be written; its job runs again when the lease is over.",
@@ -324,6 +349,8 @@ class Run:
             return None
         usage = self.answer.usage
         if usage is None or self.provider is None:
+            return books.Spent("unknown", None)
+        if not all(0 <= count <= MOST_TOKENS for count in astuple(usage)):
             return books.Spent("unknown", None)
         tokens = Tokens(
             usage.input_tokens,
@@ -352,7 +379,9 @@ class _Stopped(Exception):
         self.reason = reason
 
 
-def retry_delay_s(error: ProviderError, claim: Claim, settings: Settings) -> float | None:
+def retry_delay_s(
+    error: ProviderError, claim: Claim, settings: Settings, left_s: float
+) -> float | None:
     """How long to wait before the next attempt; None: no next attempt.
 
     Full jitter up to a ceiling, as in "Exponential Backoff And Jitter" (Brooker, AWS, 2015); never
@@ -366,4 +395,4 @@ def retry_delay_s(error: ProviderError, claim: Claim, settings: Settings) -> flo
     steps = claim.retries if policy.burns_attempt else claim.attempt - 1
     ceiling = min(settings.backoff_max_s, BACKOFF_BASE_S * 2 ** min(steps, 16))
     delay = max(random.uniform(0, ceiling), error.retry_after_s or 0)
-    return delay if delay * 1000 < claim.left_ms else None
+    return delay if delay < left_s else None

@@ -35,6 +35,9 @@ async def survive(sentence: str, step: Callable[[], Awaitable[Any]]) -> None:
         await step()
     except (Unavailable, *OUTAGE) as error:
         log.warning(sentence, error=str(error))
+    except Exception:
+        # a defect: a process without its heart would hold jobs and never let go of them
+        log.exception(sentence)
 
 
 async def _beat_forever(process: Process) -> None:

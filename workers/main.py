@@ -29,6 +29,8 @@ def run(jobs_in_flight: int | None = None) -> int:
 
     @worker_ready.connect(weak=False)
     def _ready(**_: object) -> None:
+        assert isinstance(worker.pool, AsyncioPool)
+        worker.pool.take_signals()
         # what lives now lives for ever: the collector need not look at it again
         gc.collect()
         gc.freeze()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from workers.process import get_process
 
 log = structlog.get_logger()
 
+LAST_RESORT_S = 8.0  # beyond the grace time: longer than the orderly way ever takes
 HAND_BACK_S = 5.0  # to write the hand-backs of all running jobs, in one group commit or two
 
 
@@ -109,21 +111,47 @@ class AsyncioPool(BasePool):
             finally:
                 task.finished = None
 
-    def on_close(self) -> None:
-        """The first SIGTERM: claim nothing more. From here on the next one means: now."""
-        self.process.drain()
-        self._grace_ends = time.monotonic() + self.process.settings.grace_s
+    def take_signals(self) -> None:
+        """Put ourselves before Celery's handlers: the first SIGTERM drains, the next means now."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hurry)
+            celery_s = signal.getsignal(number)
+
+            def told(number: int, frame: Any, celery_s: Any = celery_s) -> None:
+                if self._grace_ends is not None:
+                    self._grace_ends = 0.0
+                    return
+                self._begin_to_stop()
+                celery_s(number, frame)
+
+            signal.signal(number, told)
+
+    def _begin_to_stop(self) -> None:
+        """Claim nothing more, and see to it that this process ends even if Celery does not."""
+        if self._grace_ends is None:
+            self.process.drain()
+            self._grace_ends = time.monotonic() + self.process.settings.grace_s
+            threading.Thread(target=self._last_resort, name="last-resort", daemon=True).start()
+
+    def _last_resort(self) -> None:
+        # With Redis frozen Celery's main thread publishes its heartbeat again and again and never
+        # comes to stop the pool; by then everything is handed back, and nothing is lost.
+        while time.monotonic() < (self._grace_ends or 0.0) + LAST_RESORT_S:
+            time.sleep(0.1)
+        self.process.hand_back_all()
+        time.sleep(1.0)
+        self.process.close()
+        log.warning("Celery did not stop in time; its jobs are handed back, the process ends.")
+        os._exit(0)
+
+    def on_close(self) -> None:
+        """Celery begins to stop."""
+        self._begin_to_stop()
         if self._in_flight:
             log.info(
                 "Stopping: running jobs may finish, the rest goes back to the queue.",
                 jobs=self._in_flight,
                 grace_s=self.process.settings.grace_s,
             )
-
-    def _hurry(self, _number: int, _frame: Any) -> None:
-        self._grace_ends = 0.0
 
     def on_stop(self) -> None:
         """Wait for what fits in the grace time, hand the rest back, close the process."""

@@ -424,3 +424,14 @@ def test_sqlite_is_durable_and_checks_its_references(sqlite_url: str) -> None:
         }
     engine.dispose()
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
+def test_a_database_that_is_read_only_for_a_while_is_an_outage(postgres_url: str) -> None:
+    with closing(Database(postgres_url, name="test")) as database:
+
+        def demoted(connection: Connection) -> None:
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+            connection.exec_driver_sql("DELETE FROM workers")
+
+        with pytest.raises(Unavailable):
+            database.write_now(demoted)

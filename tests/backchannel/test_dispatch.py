@@ -265,6 +265,7 @@ LOOKUPS: dict[str, tuple[Any, str]] = {
 PARAMETERS = {
     "in_lane": BATCH, "lost_after_ms": 5000, "room": 10, "after": "", "who": "alice",
     "job": "job_1", "held": ["job_1"], "by_owner": "worker-1", "lease_in_ms": 1,
+    "crashes_below": 2,
 }  # fmt: skip
 
 

@@ -91,3 +91,20 @@ def _until_running(stack: Stack, *job_ids: str) -> None:
         assert time.monotonic() < deadline, stack.logs()
         time.sleep(0.05)
     time.sleep(0.3)
+
+
+def test_a_worker_stops_in_time_while_redis_is_frozen(stack: Stack) -> None:
+    stack.env["BACKCHANNEL_GRACE_S"] = "2"
+    worker = stack.worker()
+    job = stack.post("openai:ok-t1000-d100")
+    _until_running(stack, job["id"])
+    stack.valkey.freeze()
+    time.sleep(1.0)
+    started = time.monotonic()
+    os.kill(worker.pid, signal.SIGTERM)
+    try:
+        assert worker.wait(timeout=60) == 0
+    finally:
+        stack.valkey.thaw()
+    assert time.monotonic() - started < 2 + 25
+    assert stack.job(job["id"])["state"] == "queued"

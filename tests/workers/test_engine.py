@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import DataError
 
 from backchannel import events, lifecycle
 from backchannel.errors import PROVIDER_ERRORS, ProviderError
@@ -238,6 +239,54 @@ async def test_a_draining_process_hands_its_jobs_back_ahead_of_the_line(
     assert await finished(bench, process, job_id) is None
 
 
+async def test_counts_no_provider_can_mean_are_unknown_not_a_reason_to_run_again(
+    bench: Bench, process: Process, ledger: Path
+) -> None:
+    job_id = bench.accept("openai:ok-t5-c99999999999999999999")
+    await finished(bench, process, job_id)
+    assert bench.job(job_id).state == "succeeded"
+    (usage,) = bench.usage(job_id)
+    assert (usage.source, usage.input_tokens) == ("unknown", None)
+    assert calls(ledger) == 1
+
+
+async def test_a_finish_the_database_refuses_ends_the_job(
+    bench: Bench, process: Process, ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def refuse_answers(connection: Any, claim: Claim, outcome: Any) -> Any:
+        if outcome.message is not None:
+            refused.append(outcome)
+            raise DataError("INSERT", {}, ValueError("a value this database does not take"))
+        return finish(connection, claim, outcome)
+
+    finish = lifecycle.finish
+    monkeypatch.setattr("workers.engine.lifecycle.finish", refuse_answers)
+    job_id = bench.accept("openai:ok-t5")
+    await finished(bench, process, job_id)
+    assert refused
+    job = bench.job(job_id)
+    assert (job.state, job.error_code, job.attempt) == ("failed", "internal_error", 1)
+    assert [usage.source for usage in bench.usage(job_id)] == ["unknown"]
+    assert fields(bench.log(job_id)[-1])["state"] == "failed"
+    assert calls(ledger) == 1
+
+
+async def test_a_long_answer_nobody_watches_is_no_stall(bench: Bench, process: Process) -> None:
+    job_id = bench.accept("openai:ok-t30-d100", stream=False)  # 3 s; first content within 2, idle 1
+    await finished(bench, process, job_id)
+    assert bench.job(job_id).state == "succeeded"
+
+
+async def test_jobs_on_their_last_chance_run_one_at_a_time(bench: Bench, process: Process) -> None:
+    jobs = [bench.accept("openai:ok-t20-d50") for _ in range(3)]
+    bench.database.write_now(lambda c: c.exec_driver_sql("UPDATE jobs SET crashes = 2"))
+    running = [bench.start(process, job_id) for job_id in jobs]
+    await asyncio.gather(*[asyncio.wrap_future(each) for each in running])
+    assert sorted(bench.job(job_id).state for job_id in jobs) == ["queued", "queued", "succeeded"]
+
+
 async def test_a_session_s_answer_becomes_its_turn_and_the_next_question_knows_it(
     bench: Bench, process: Process
 ) -> None:
@@ -271,11 +320,11 @@ def test_the_wait_before_a_retry(code: str) -> None:
         messages=[], parameters={},
     )  # fmt: skip
     policy = PROVIDER_ERRORS[code]
-    delay = retry_delay_s(ProviderError("x", code=code, retry_after_s=7.0), claim, settings)
+    delay = retry_delay_s(ProviderError("x", code=code, retry_after_s=7.0), claim, settings, 100.0)
     if not policy.retryable or policy.burns_attempt:
         assert delay is None, "five retries are used up"
     else:
         assert delay is not None
         assert 7.0 <= delay <= 60.0, "never under the provider's Retry-After"
     late = ProviderError("x", code=code, retry_after_s=101.0)
-    assert retry_delay_s(late, claim, settings) is None, "never past the deadline"
+    assert retry_delay_s(late, claim, settings, 100.0) is None, "never past the deadline"

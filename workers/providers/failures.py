@@ -254,7 +254,8 @@ def _message(said: Mapping[str, Any]) -> str:
 
 
 def _one_line(text: str) -> str:
-    text = " ".join(text[: 8 * MESSAGE_CAP].split())
+    shown = "".join(char if char.isprintable() else " " for char in text[: 8 * MESSAGE_CAP])
+    text = " ".join(shown.split())
     return KEYS.sub("[key]", text)[:MESSAGE_CAP].rstrip(". ")
 
 
