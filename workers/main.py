@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from typing import Any
 
 import structlog
 from celery.signals import worker_ready
@@ -29,8 +30,8 @@ def run(jobs_in_flight: int | None = None) -> int:
 
     @worker_ready.connect(weak=False)
     def _ready(**_: object) -> None:
-        assert isinstance(worker.pool, AsyncioPool)
-        worker.pool.take_signals()
+        pool: Any = worker.pool
+        pool.take_signals()
         # what lives now lives for ever: the collector need not look at it again
         gc.collect()
         gc.freeze()

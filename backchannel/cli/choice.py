@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from backchannel.cli.running import is_loopback
+from backchannel.registry import build_registry
 from backchannel.settings import Settings
 
 # With a key first; then what runs on this machine; then the one that only repeats.
@@ -57,6 +58,16 @@ async def choose_model(
         "no local server answers. For a real one, type: export OPENAI_API_KEY=…, or run with "
         "--model ollama:llama3.2",
     )
+
+
+def real_model_is_meant(wanted: str | None, settings: Settings) -> bool:
+    """Whether this shell names a model other than echo, or holds a key for one."""
+    if wanted is None and "default_model" in settings.model_fields_set:
+        wanted = settings.default_model
+    if wanted is not None:
+        return wanted.partition(":")[0] != "echo"
+    registry = build_registry(settings)
+    return any(registry.key_present(registry.get(name)) for name in HOSTED)
 
 
 async def _served_model(provider: dict[str, Any]) -> str | None:

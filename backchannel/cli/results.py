@@ -25,9 +25,17 @@ STATUS = {
 DONE_STATUS = 200
 
 
-def open_results(path: Path) -> Records:
-    """The results file; ``done`` are the lines that need no job any more."""
-    return Records(path, lambda record: record["custom_id"], _succeeded)
+def open_results(path: Path, *, echo_counts: bool) -> Records:
+    """The results file; ``done`` are the lines that need no job any more.
+
+    Args:
+        echo_counts: Whether a prompt that the offline model repeated is an answer.
+    """
+
+    def is_done(record: dict[str, Any]) -> bool:
+        return _succeeded(record) and (echo_counts or not _is_echo(record))
+
+    return Records(path, lambda record: record["custom_id"], is_done)
 
 
 def open_errors(path: Path) -> Records:
@@ -38,6 +46,11 @@ def open_errors(path: Path) -> Records:
 def _succeeded(record: dict[str, Any]) -> bool:
     answer = record.get("response") or {}
     return record.get("error") is None and answer.get("status_code") == DONE_STATUS
+
+
+def _is_echo(record: dict[str, Any]) -> bool:
+    model = record["response"]["body"].get("model")
+    return isinstance(model, str) and model.startswith("echo:")
 
 
 def _error_key(record: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from backchannel.cli import results
-from backchannel.cli.choice import Choice, choose_model
+from backchannel.cli.choice import Choice, choose_model, real_model_is_meant
 from backchannel.cli.lines import BadLine, Line, read_lines, same_content
 from backchannel.cli.progress import Progress, Tally
 from backchannel.cli.screen import Failure
@@ -57,7 +57,9 @@ class Runner:
         self._order = order
         self._lines = lines
         self._progress = progress
-        self._results = results.open_results(order.results)
+        # the first look without a key is not the answer once a real model is meant
+        real = real_model_is_meant(order.model, settings)
+        self._results = results.open_results(order.results, echo_counts=not real)
         self._errors = results.open_errors(order.errors)
         self._in_file: list[str] = []  # custom ids in the order of the file
         self._failed: set[str] = set()  # keys of this run's failures

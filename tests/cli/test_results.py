@@ -90,11 +90,11 @@ def test_a_job_that_never_answered_has_no_response() -> None:
 
 
 def test_only_successes_count_as_done(tmp_path: Path) -> None:
-    file = results.open_results(tmp_path / "out.jsonl")
+    file = results.open_results(tmp_path / "out.jsonl", echo_counts=True)
     file.add("c", results.success(LINE, JOB))
     file.add("d", results.refusal(LINE, 400, {}) | {"custom_id": "d"})
     file.close()
-    again = results.open_results(tmp_path / "out.jsonl")
+    again = results.open_results(tmp_path / "out.jsonl", echo_counts=True)
     assert again.done == {"c": LINE.id}
 
 

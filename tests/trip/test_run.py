@@ -195,6 +195,20 @@ def test_a_line_that_changed_is_answered_anew(run: Run) -> None:
     assert [each["custom_id"] for each in run.results()] == ["new", "p0", "p1", "p2"]
 
 
+def test_what_echo_repeated_is_asked_again_once_a_real_model_is_meant(
+    run: Run, stack: Stack
+) -> None:
+    run.write(*[{"prompt": f"number {n}", "custom_id": f"p{n}"} for n in range(3)])
+    run("--model", "echo:echo-1")
+    assert run("--model", "echo:echo-1")["skipped"] == 3
+    summary = run("--model", "openai:ok-t4")
+    assert (summary["done"], summary["skipped"]) == (3, 0)
+    assert {each["response"]["body"]["model"] for each in run.results()} == {"openai:ok-t4"}
+    assert run("--model", "openai:ok-t4")["skipped"] == 3
+    assert run("--model", "echo:echo-1")["skipped"] == 3, "never the other way round"
+    assert len(stack.calls()) == 3
+
+
 def test_stdin_is_a_file_too(run: Run) -> None:
     said = subprocess.run(
         [sys.executable, "-m", "backchannel", "run", "-", "--model", "openai:ok-t2"],
