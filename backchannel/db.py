@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import stamina
 import structlog
 from sqlalchemy import BigInteger, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -97,7 +99,16 @@ def create(url: str, *, limited: bool = False) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")
+        # on a new file this waits for nobody: with processes that start together it is "locked"
+        for attempt in stamina.retry_context(
+            on=sqlite3.OperationalError,
+            attempts=None,
+            timeout=BUSY_S,
+            wait_initial=0.01,
+            wait_max=0.5,
+        ):
+            with attempt:
+                connection.execute("PRAGMA journal_mode = WAL")
         # FULL: a commit that was acknowledged survives the power cord; group commit makes it cheap
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
