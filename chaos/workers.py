@@ -45,7 +45,7 @@ async def freeze_a_worker_beyond_its_lease(world: World, full: bool) -> dict[str
     zombie = world.worker()
     await world.accept(200 if full else 30, "openai:ok-t60-d50")
     await asyncio.sleep(1.5)
-    os.kill(zombie.pid, signal.SIGSTOP)
+    world.stack.freeze(zombie)
     frozen = now()
     world.worker()
     await asyncio.sleep(6.0)  # the lease is 4

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
+from sqlalchemy import make_url
 
 from tests.servers import Valkey, free_port
 
@@ -96,6 +99,30 @@ class Stack:
         if wait:
             self._until(process, lambda: "The worker is ready." in log.read_text())
         return process
+
+    def freeze(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGSTOP, but not in the middle of a SQLite commit.
+
+        There the frozen process would keep the file's write lock, and nobody else could write
+        until it thaws: true of every SQLite program, and not what a test of fencing is about.
+        """
+        while True:
+            os.kill(process.pid, signal.SIGSTOP)
+            if self._writable():
+                return
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.02)
+
+    def _writable(self) -> bool:
+        path = make_url(self.env["BACKCHANNEL_DATABASE_URL"]).database
+        if not path or not Path(path).is_file():
+            return True  # PostgreSQL locks rows, and lets go of what a lost client held
+        with closing(sqlite3.connect(path, timeout=0.5, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+        return True
 
     def workers(self) -> int:
         """How many worker processes the API knows to be alive."""
@@ -196,11 +223,3 @@ def text(stream: list[Event]) -> str:
         elif event.event == "delta":
             words.append(event.fields["text"])
     return "".join(words)
-
-
-def closing(stack: Stack) -> Iterator[Stack]:
-    """For fixtures: the stack, closed afterwards."""
-    try:
-        yield stack
-    finally:
-        stack.close()

@@ -65,7 +65,7 @@ def test_a_frozen_worker_comes_back_and_writes_nothing(stack: Stack) -> None:
     frozen = stack.worker()
     job = stack.post("openai:ok-t100-d40")
     _until_running(stack, job["id"])
-    os.kill(frozen.pid, signal.SIGSTOP)
+    stack.freeze(frozen)
     stack.worker()
     done = stack.finished(job["id"])
     os.kill(frozen.pid, signal.SIGCONT)
