@@ -31,7 +31,13 @@ _own = and_(jobs.c.id == bindparam("job"), jobs.c.caller == bindparam("who"))
 # Made once: to put a statement together costs more than to run it.
 _ONE = JOB.where(_own)
 _ASKED = (
-    select(jobs, requests.c.messages, requests.c.parameters)
+    select(
+        jobs,
+        requests.c.instructions,
+        requests.c.messages,
+        requests.c.parameters,
+        requests.c.asked,
+    )
     .join(requests, requests.c.job_id == jobs.c.id)
     .where(_own)
 )
@@ -84,6 +90,7 @@ async def _checked(its: Resources, caller: str, asked: CreateJob, key: str | Non
         model=resolved.model,
         requested_model=asked.model,
         model_reason=resolved.reason if asked.model == model else "the session's model",
+        instructions=asked.system,
         messages=messages,
         parameters=check_parameters(asked.parameters or {}, resolved.provider),
         request_hash=_hash(asked.model_dump(exclude_unset=True)),
@@ -128,6 +135,9 @@ async def retry_job(
         model=resolved.model,
         requested_model=row.requested_model,
         model_reason=f"as job {job_id}",
+        kind=row.kind,
+        instructions=row.instructions,
+        asked=row.asked,
         messages=row.messages,
         parameters=check_parameters(row.parameters, resolved.provider),
         request_hash=_hash({"retry": job_id}),

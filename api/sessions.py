@@ -37,6 +37,7 @@ async def create_session(
         "id": session_id,
         "caller": caller,
         "title": asked.title,
+        "system": asked.system,
         "provider": resolved.provider.id,
         "model": resolved.model,
         "model_version": 1,
@@ -99,10 +100,12 @@ async def get_session(session_id: str, its: Shared, caller: Caller) -> SessionWi
 async def change_session(
     session_id: str, asked: ChangeSession, its: Shared, caller: Caller
 ) -> Session:
-    """Change title, metadata or model; jobs already accepted keep the model they have."""
+    """Change what is named; jobs already accepted keep the model they have."""
     values: dict[str, Any] = {"updated_ms": NOW}
     if "title" in asked.model_fields_set:
         values["title"] = asked.title
+    if "system" in asked.model_fields_set:
+        values["system"] = asked.system
     if "metadata" in asked.model_fields_set:
         values["meta"] = asked.metadata or {}
     if asked.model is not None:

@@ -29,6 +29,9 @@ class NewJob:
     request_hash: str
     deadline_s: float
     stream: bool = True
+    kind: str = "job"
+    instructions: str | None = None
+    asked: dict[str, Any] | None = None
     idempotency_key: str | None = None
     session_id: str | None = None
     parent_id: str | None = None
@@ -48,7 +51,7 @@ _values = {
     **{
         name: bindparam(f"new_{name}")
         for name in (
-            "caller", "lane", "provider", "model", "requested_model", "model_reason",
+            "caller", "kind", "lane", "provider", "model", "requested_model", "model_reason",
             "request_hash", "stream", "idempotency_key", "session_id", "parent_id", "meta",
         )
     },
@@ -113,6 +116,7 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
     row = {
         "job": job_id,
         "new_caller": new.caller,
+        "new_kind": new.kind,
         "new_lane": new.lane,
         "new_provider": new.provider,
         "new_model": new.model,
@@ -137,7 +141,13 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
         return Accepted(same.id, created=False, doorbell=None)
     connection.execute(
         insert(requests),
-        {"job_id": job_id, "messages": new.messages, "parameters": new.parameters},
+        {
+            "job_id": job_id,
+            "instructions": new.instructions,
+            "messages": new.messages,
+            "parameters": new.parameters,
+            "asked": new.asked,
+        },
     )
     if new.session_id is not None:
         _enter_session(connection, job_id, new)

@@ -41,6 +41,7 @@ from backchannel.tables import (
     attempts,
     jobs,
     requests,
+    sessions,
     turns,
     workers,
 )
@@ -146,9 +147,10 @@ _CLAIM = (
         (jobs.c.deadline_ms - NOW).label("left_ms"),
     )
 )
-_REQUEST = select(requests.c.messages, requests.c.parameters).where(
+_REQUEST = select(requests.c.instructions, requests.c.messages, requests.c.parameters).where(
     requests.c.job_id == bindparam("job")
 )
+_SYSTEM = select(sessions.c.system).where(sessions.c.id == bindparam("session"))
 # Turns of jobs that did not succeed stay visible in the session but are not told to the model:
 # a question without its answer would be asked twice when it is retried.
 _HISTORY = (
@@ -187,12 +189,16 @@ def claim(
         {"job_id": job_id, "attempt": row.attempt, "owner": owner},
     )
     request = connection.execute(_REQUEST, {"job": job_id}).one()
-    messages = request.messages
+    instructions, messages = request.instructions, request.messages
     if row.session_id is not None:
         history = connection.execute(
             _HISTORY, {"session": row.session_id, "seq": row.session_seq}
         ).scalars()
         messages = [*history, *messages]
+        if instructions is None:
+            instructions = connection.execute(_SYSTEM, {"session": row.session_id}).scalar()
+    if instructions is not None:
+        messages = [{"role": "system", "content": instructions}, *messages]
     return Claim(
         job_id=job_id, owner=owner, messages=messages, parameters=request.parameters,
         **row._mapping,

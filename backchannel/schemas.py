@@ -164,7 +164,7 @@ class CreateJob(_Request):
     )
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     system: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="Put before the messages."
+        None, description="Put before the messages; in a session, in place of the session's own."
     )
     model: Name | None = Field(None, description="provider:model, a bare name, or an alias.")
     session: str | None = Field(None, description="The session this is the next turn of.")
@@ -186,10 +186,9 @@ class CreateJob(_Request):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
         for number, message in enumerate(self.messages or ()):
             _check_message(message, f"messages[{number}]")
-        said = [each.model_dump(exclude_unset=True) for each in self.messages or ()]
         if self.prompt is not None:
-            said = [{"role": "user", "content": self.prompt}]
-        return [{"role": "system", "content": self.system}, *said] if self.system else said
+            return [{"role": "user", "content": self.prompt}]
+        return [each.model_dump(exclude_unset=True) for each in self.messages or ()]
 
 
 def _check_message(message: Message, place: str) -> None:
@@ -212,6 +211,9 @@ class CreateSession(_Request):
 
     model: Name | None = None
     title: Title | None = None
+    system: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Said to the model before every turn's history."
+    )
     metadata: Metadata | None = None
 
 
@@ -296,6 +298,7 @@ class Session(BaseModel):
     model: str
     model_version: int
     title: str | None
+    system: str | None
     metadata: dict[str, str]
     created_at: str
     updated_at: str
@@ -396,6 +399,7 @@ def session_of(row: Any) -> Session:
         model=f"{row.provider}:{row.model}",
         model_version=row.model_version,
         title=row.title,
+        system=row.system,
         metadata=row.meta,
         created_at=rfc3339(row.created_ms),
         updated_at=rfc3339(row.updated_ms),

@@ -90,6 +90,8 @@ class Job(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     caller: str
+    # the face it was asked through, and is read back through
+    kind: str = Field(default="job", sa_column_kwargs={"server_default": "job"})
     idempotency_key: str | None = None
     request_hash: str
     state: str = QUEUED
@@ -127,8 +129,11 @@ class JobRequest(SQLModel, table=True):
     __tablename__ = "job_requests"
 
     job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
+    instructions: str | None = None  # of this job alone, in place of its session's
     messages: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
     parameters: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    # what a face must give back as it was sent, and no adapter needs
+    asked: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
 
 
 class JobResult(SQLModel, table=True):
@@ -204,6 +209,7 @@ class ChatSession(SQLModel, table=True):
     id: str = Field(primary_key=True)
     caller: str
     title: str | None = None
+    system: str | None = None  # said before every turn's history
     provider: str
     model: str
     model_version: int = 1  # counts switches

@@ -40,6 +40,7 @@ async def test_a_session_begins_with_its_model_or_the_default_one(
         "model": "echo:echo-1",
         "model_version": 1,
         "title": None,
+        "system": None,
         "metadata": {},
         "created_at": plain["created_at"],
         "updated_at": plain["created_at"],
@@ -68,27 +69,43 @@ async def test_turns_stand_in_order_with_their_jobs_states(
     client: httpx2.AsyncClient, play: Play, database: Database
 ) -> None:
     session = (await begin(client))["id"]
-    first = await turn(client, session, system="Be brief.")
+    first = await turn(client, session)
     second = await turn(client, session, prompt="And then?")
     assert first["session"] == second["session"] == session
     # strict order: the second waits for the first
     assert database.write_now(lambda c: lifecycle.claim(c, second["id"], "w", 20)) is None
     await play.run(first["id"])
     attempt = await play.start(second["id"])
-    assert [message["content"] for message in attempt.claim.messages] == [
-        "Be brief.", "Hello?", "Hello.", "And then?",
-    ]  # fmt: skip
+    said = [message["content"] for message in attempt.claim.messages]
+    assert said == ["Hello?", "Hello.", "And then?"]
     await attempt.finish(FAILED)
     messages = (await client.get(f"/v1/sessions/{session}")).json()["messages"]
     named = ("role", "content", "job_id", "state", "model")
     assert [tuple(message[name] for name in named) for message in messages] == [
-        ("system", "Be brief.", first["id"], "succeeded", None),
         ("user", "Hello?", first["id"], "succeeded", None),
         ("assistant", "Hello.", first["id"], "succeeded", "echo:echo-1"),
         ("user", "And then?", second["id"], "failed", None),
     ]
     numbers = [message["seq"] for message in messages]
     assert numbers == sorted(set(numbers))
+
+
+async def test_the_system_prompt_is_said_before_the_history_and_a_job_may_replace_it(
+    client: httpx2.AsyncClient, play: Play
+) -> None:
+    session = (await begin(client, system="Be brief."))["id"]
+    heard = []
+    for own in ({}, {"system": "Be long."}, {}):
+        job = await turn(client, session, **own)
+        attempt = await play.start(job["id"])
+        heard.append(attempt.claim.messages[0]["content"])
+        await attempt.finish()
+    assert heard == ["Be brief.", "Be long.", "Be brief."]
+    whole = (await client.get(f"/v1/sessions/{session}")).json()
+    assert whole["system"] == "Be brief."
+    assert {message["role"] for message in whole["messages"]} == {"user", "assistant"}
+    changed = await client.patch(f"/v1/sessions/{session}", json={"system": None})
+    assert changed.json()["system"] is None
 
 
 async def test_a_job_takes_its_session_s_model_and_one_that_names_another_switches_it(

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, select, text
@@ -318,6 +320,30 @@ def test_processes_that_start_together_migrate_once(empty_url: str) -> None:
 
 def test_a_second_migration_changes_nothing(database_url: str) -> None:
     migrate(database_url)
+
+
+def test_an_upgrade_keeps_every_row(empty_url: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(backchannel.migrations.__file__).parent))
+    engine = create(empty_url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql(
+            "INSERT INTO jobs (id, caller, request_hash, state, lane, provider, model, "
+            "model_reason, stream, meta, created_ms, run_ms, deadline_ms, rank, attempt, retries, "
+            "crashes) VALUES ('job_1', 'local', '', 'queued', 'batch', 'echo', 'echo', '', true, "
+            "'{}', 1, 1, 1, 1, 0, 0, 0)"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO job_requests (job_id, messages, parameters) VALUES ('job_1', '[]', '{}')"
+        )
+    migrate(empty_url)
+    with engine.connect() as connection:
+        (kind,) = connection.exec_driver_sql("SELECT kind FROM jobs").one()
+        (job_id,) = connection.exec_driver_sql("SELECT job_id FROM job_requests").one()
+    engine.dispose()
+    assert (kind, job_id) == ("job", "job_1")
 
 
 def test_a_database_newer_than_the_code_says_what_to_do(database_url: str) -> None:
