@@ -5,13 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Insert, and_, bindparam, case, insert, literal, select, update
+from sqlalchemy import (
+    Connection,
+    Insert,
+    and_,
+    bindparam,
+    case,
+    exists,
+    insert,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
-from backchannel.books import Doorbell
+from backchannel.books import Doorbell, doorbell
 from backchannel.errors import Conflict, NotFound
 from backchannel.lifecycle import NOW, new_id
-from backchannel.tables import INTERACTIVE, QUEUED, jobs, requests, sessions, turns
+from backchannel.tables import INTERACTIVE, QUEUED, RUNNING, jobs, requests, sessions, turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +102,23 @@ _ENTER_SESSION = (
     )
     .returning(sessions.c.last_seq, sessions.c.provider, sessions.c.model)
 )
+_before = jobs.alias("before")
+_TURN_HAS_COME = ~exists().where(
+    _before.c.session_id == bindparam("session"),
+    _before.c.session_seq < bindparam("seq"),
+    _before.c.state.in_([QUEUED, RUNNING]),
+)
 _PLACE_IN_SESSION = (
     update(jobs)
     .where(jobs.c.id == bindparam("job"))
     .values(
-        session_seq=bindparam("seq"), provider=bindparam("in_provider"), model=bindparam("in_model")
+        session_seq=bindparam("seq"),
+        provider=bindparam("in_provider"),
+        model=bindparam("in_model"),
+        rung_ms=case((_TURN_HAS_COME, jobs.c.rung_ms), else_=None),
+    )
+    .returning(
+        jobs.c.id, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.attempt, jobs.c.rung_ms
     )
 )
 
@@ -111,8 +134,7 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
         NotFound: No such session for this caller.
     """
     job_id = new_id("job")
-    # a session's job waits for the turn before it, and a batch for the dispatcher's window
-    ring = new.lane == INTERACTIVE and new.session_id is None
+    ring = new.lane == INTERACTIVE  # a batch waits for the dispatcher's window
     row = {
         "job": job_id,
         "new_caller": new.caller,
@@ -149,13 +171,14 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
             "asked": new.asked,
         },
     )
-    if new.session_id is not None:
-        _enter_session(connection, job_id, new)
     bell = Doorbell(job_id, new.lane, f"{new.provider}:{new.model}", 1) if ring else None
+    if new.session_id is not None:
+        bell = _enter_session(connection, job_id, new)
     return Accepted(job_id, created=True, doorbell=bell)
 
 
-def _enter_session(connection: Connection, job_id: str, new: NewJob) -> None:
+def _enter_session(connection: Connection, job_id: str, new: NewJob) -> Doorbell | None:
+    """Take the session's next places; the bell is rung only if no turn before is unfinished."""
     room = len(new.messages) + 1  # the last place is the answer's
     session = connection.execute(
         _ENTER_SESSION,
@@ -171,10 +194,16 @@ def _enter_session(connection: Connection, job_id: str, new: NewJob) -> None:
     if session is None:
         raise NotFound(f"There is no session '{new.session_id}'.", param="session")
     first = session.last_seq - room + 1
-    connection.execute(
+    placed = connection.execute(
         _PLACE_IN_SESSION,
-        {"job": job_id, "seq": first, "in_provider": session.provider, "in_model": session.model},
-    )
+        {
+            "job": job_id,
+            "session": new.session_id,
+            "seq": first,
+            "in_provider": session.provider,
+            "in_model": session.model,
+        },
+    ).one()
     connection.execute(
         insert(turns).values(created_ms=NOW),
         [
@@ -187,3 +216,4 @@ def _enter_session(connection: Connection, job_id: str, new: NewJob) -> None:
             for offset, message in enumerate(new.messages)
         ],
     )
+    return None if placed.rung_ms is None else doorbell(placed)

@@ -119,7 +119,8 @@ def test_a_sessions_job_takes_its_place_and_its_turns(database: Database) -> Non
     two = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
     first = accepted(database, session_id="sess_1", messages=two)
     second = accepted(database, session_id="sess_1")
-    assert first.doorbell is second.doorbell is None  # they are rung in their order
+    assert first.doorbell == Doorbell(first.job_id, "interactive", "echo:echo-1", 1)
+    assert second.doorbell is None  # it is rung when the first has finished
     assert row(database, first.job_id).session_seq == 1
     assert row(database, second.job_id).session_seq == 4  # 3 is the first answer's place
     turns = sorted(rows(database, "turns"), key=lambda turn: turn["seq"])
@@ -129,6 +130,11 @@ def test_a_sessions_job_takes_its_place_and_its_turns(database: Database) -> Non
         (4, second.job_id),
     ]
     assert rows(database, "sessions")[0]["last_seq"] == 5
+
+
+def test_a_batch_turn_is_not_rung_at_accept(database: Database) -> None:
+    session(database)
+    assert accepted(database, session_id="sess_1", lane="batch").doorbell is None
 
 
 def test_a_named_model_switches_its_session_and_counts_the_switch(database: Database) -> None:

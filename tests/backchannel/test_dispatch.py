@@ -66,9 +66,9 @@ def test_a_bell_says_what_flower_shows_and_which_attempt_it_asks_for(database: D
 
 
 def test_lanes_are_apart(database: Database) -> None:
-    session(database)
     (line,) = lines(database, 1)
-    chat = queued(database, session_id="sess_1")
+    chat = queued(database)
+    change(database, chat, rung_ms=None)  # as after a retry
     assert rung(database, lane=INTERACTIVE) == [chat]
     assert rung(database, lane=BATCH) == [line]
 
@@ -154,12 +154,12 @@ def test_a_job_is_not_rung_when_it_is(why: str, database: Database) -> None:
 
 def test_a_session_is_rung_one_at_a_time(database: Database) -> None:
     session(database)
-    first, second = (queued(database, session_id="sess_1") for _ in range(2))
-    assert rung(database, lane=INTERACTIVE) == [first]
+    first, second = (queued(database, session_id="sess_1", lane=BATCH) for _ in range(2))
+    assert rung(database) == [first]
     claim = claimed(database, first)
-    assert rung(database, lane=INTERACTIVE) == []
+    assert rung(database) == []
     database.write_now(lambda c: lifecycle.finish(c, claim, outcome()))
-    assert rung(database, lane=INTERACTIVE) == [second]
+    assert rung(database) == [second]
 
 
 # ---------------------------------------------------------------- lost doorbells
