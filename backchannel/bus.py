@@ -247,6 +247,10 @@ class Publisher:
                     )
                 self._silent = True
                 await asyncio.sleep(0.5)
+            except Exception:
+                # a defect: without its flusher a process would never stream again
+                log.exception("Stream events could not be sent; they are sent again.")
+                await asyncio.sleep(0.5)
             else:
                 if self._silent:
                     log.info("Redis takes stream events again.")
@@ -285,16 +289,19 @@ class Publisher:
         answers = await pipe.execute(raise_on_error=False)
         if faults.ARMED:
             faults.hit("flush.inside")
+        refused: Exception | None = None
         for (stream, sent), answer in zip(sending, answers, strict=True):
             if isinstance(answer, NoScriptError):
                 self._sha = ""
                 self.dirty.add(stream)
             elif isinstance(answer, Exception):
-                raise answer
+                refused = answer  # raised once the others are settled: they were taken
             elif stream.settle(answer[0], sent):
                 self.dirty.add(stream)
                 if answer[0] == b"taken" and stream.must_rebase:
                     stream.rebase(await read_log(self._redis, self.prefix, stream.job_id))
+        if refused is not None:
+            raise refused
 
 
 async def close_log(

@@ -115,8 +115,12 @@ class Listener:
                     else:
                         await self._pubsub.ping()
                 raise TimeoutError(f"no answer to a ping for {SILENCE_S} s")
-            except OUTAGE as error:
-                log.debug("The pub/sub connection broke; connecting again.", error=str(error))
+            except Exception as error:
+                sentence = "The pub/sub connection broke; connecting again."
+                if isinstance(error, OUTAGE):
+                    log.debug(sentence, error=str(error))
+                else:  # a defect: a process without its listener would follow no stream again
+                    log.exception(sentence)
                 self._connected = False
                 for channel in self._channels.values():
                     channel.asked = False

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from backchannel.background import end
 from backchannel.books import Doorbell
+from backchannel.pubsub import OUTAGE
 from backchannel.settings import Settings, get_settings
 from backchannel.tables import LANES
 
@@ -134,7 +135,7 @@ class Ringer:
             try:
                 if await ring(self._redis, self._prefix, bells) > self.ENOUGH:
                     self._not_before = time.monotonic() + self.PAUSE_S
-            except (RedisError, OSError) as error:
+            except OUTAGE as error:
                 self._not_before = time.monotonic() + self.PAUSE_S
                 log.warning(
                     "Redis does not take doorbells; the jobs are safe in the database and will be "
@@ -142,6 +143,9 @@ class Ringer:
                     jobs=len(bells),
                     error=str(error),
                 )
+            except Exception:
+                # a defect: a process without its ringer would leave every job to the dispatcher
+                log.exception("Doorbells could not be rung; the dispatcher does it.")
 
 
 def broker_url(redis_url: str) -> str:

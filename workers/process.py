@@ -148,13 +148,15 @@ class Process:
 
 
 _process: tuple[int, Process] | None = None
+_opening = threading.Lock()  # under Celery's threads pool many tasks ask at once
 
 
 def get_process(slots: int | None = None) -> Process:
     """This process's own, opened at first use and again after a fork."""
     global _process
     pid = os.getpid()
-    if _process is None or _process[0] != pid:
-        settings = get_settings()
-        _process = (pid, Process(settings, slots or settings.jobs_in_flight).open())
-    return _process[1]
+    with _opening:
+        if _process is None or _process[0] != pid:
+            settings = get_settings()
+            _process = (pid, Process(settings, slots or settings.jobs_in_flight).open())
+        return _process[1]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from backchannel import bus, events
 from backchannel.bus import Publisher, Stream, close_log, follow, publish_closed, read_log
@@ -312,3 +313,39 @@ async def test_an_end_that_no_worker_writes_continues_the_numbers_and_fences(
 
 async def _all(reader: Any) -> list[Event]:
     return [event async for event in reader]
+
+
+# ---------------------------------------------------------------- defects
+
+
+async def test_one_stream_that_redis_refuses_does_not_hold_up_the_others(
+    publisher: Publisher, redis: Redis
+) -> None:
+    bad, *good = [await publisher.open(f"job_{number}", 1, 0) for number in range(9)]
+    await redis.set(bad.keys.stream, "not a stream")
+    for stream in (bad, *good):
+        stream.add(events.STARTED, attempt=1, model="m")
+    with pytest.raises(ResponseError):
+        await publisher.flush()
+    assert not any(stream.unsent() for stream in good)
+    await redis.delete(bad.keys.stream)
+    await publisher.flush()
+    assert [event.type for event in await read_log(redis, PREFIX, bad.job_id)] == ["started"]
+
+
+async def test_a_defect_in_one_flush_does_not_end_the_flusher(
+    publisher: Publisher, redis: Redis, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = await publisher.open(JOB, 1, 0)
+
+    def broken() -> list[bytes]:
+        raise AssertionError("a defect")
+
+    monkeypatch.setattr(stream, "unsent", broken, raising=False)
+    stream.add(events.STARTED, attempt=1, model="m")
+    await asyncio.sleep(0.2)
+    monkeypatch.undo()
+    async with asyncio.timeout(10):
+        async for event in follow(redis, PREFIX, listener, nothing_stored, JOB):
+            assert event.type == "started"
+            break
