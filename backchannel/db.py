@@ -51,17 +51,7 @@ def _now_ms_sqlite(_element: Any, _compiler: Any, **_kw: Any) -> str:
     return "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 
 
-# A server that is frozen, or behind a path that swallows packets, must become an error: without
-# these a write waits for as long as the kernel does. Sources: libpq's connection parameters.
-_POSTGRES_LIMITS = {
-    "connect_timeout": 5,
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
-    "options": "-c statement_timeout=10000 -c lock_timeout=5000",
-}
-# Longer than any of them, and the last word where the kernel answers for a stopped server.
+# How long a caller waits: for a dead connection to be noticed (9 s), for a new one (5 s), and some.
 PATIENCE_S = 20.0
 
 
@@ -72,18 +62,16 @@ def create(url: str, *, limited: bool = False) -> Engine:
     busy timeout is (2,289 of 4,000 in a test); one that starts as a writer waits its turn.
 
     Args:
-        limited: Give up on statements of more than 10 s; migrations may take longer.
+        limited: Give up on statements of more than 8 s; migrations may take longer.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
-        return create_engine(
-            parsed,
-            pool_size=8,
-            max_overflow=0,
-            pool_timeout=5,
-            pool_pre_ping=True,
-            connect_args=_POSTGRES_LIMITS if limited else {},
+        engine = create_engine(
+            parsed, pool_size=8, max_overflow=0, pool_timeout=5, pool_pre_ping=True
         )
+        if limited:
+            event.listen(engine, "do_connect", _connect_limited)
+        return engine
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         raise SetupError(
             f"BACKCHANNEL_DATABASE_URL is of type '{parsed.get_backend_name()}'; use "
@@ -119,6 +107,12 @@ def create(url: str, *, limited: bool = False) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _connect_limited(_dialect: Any, _record: Any, args: Any, named: Any) -> Any:
+    from backchannel.postgres import LIMITS, LimitedConnection
+
+    return LimitedConnection.connect(*args, **{**LIMITS, **named})
 
 
 class Database:
@@ -215,7 +209,8 @@ class Database:
             if group:
                 self._commit(group)
 
-    def _commit(self, group: Sequence[tuple[Work[Any], Future[Any]]], tries: int = 5) -> None:
+    def _commit(self, group: Sequence[tuple[Work[Any], Future[Any]]], tries: int = 5) -> bool:
+        """Write a group; tells whether its transaction waited for a lock in vain."""
         try:
             with self.engine.begin() as connection:
                 results = [work(connection) for work, _ in group]
@@ -224,14 +219,22 @@ class Database:
             # cannot happen between single pieces: each again, alone. The work is guarded, so doing
             # again what a lost reply left undecided changes nothing.
             if not _is_outage(error) and (len(group) > 1 or (_is_conflict(error) and tries > 1)):
-                for each in group:
-                    self._commit([each], tries - 1)
-                return
-            for _, future in group:
-                future.set_exception(_translated(error))
-        else:
-            for (_, future), result in zip(group, results, strict=True):
-                future.set_result(result)
+                self._commit_each(group, tries - 1)
+            else:
+                for _, future in group:
+                    future.set_exception(_translated(error))
+            return _is_held_up(error)
+        for (_, future), result in zip(group, results, strict=True):
+            future.set_result(result)
+        return False
+
+    def _commit_each(self, group: Sequence[tuple[Work[Any], Future[Any]]], tries: int) -> None:
+        held_up = 0
+        for each in group:
+            if held_up < 2:
+                held_up += self._commit([each], tries)
+            else:  # no single row: the whole table is locked, and each would wait 5 s to hear it
+                each[1].set_exception(_busy("others hold locks"))
 
 
 @contextmanager
@@ -239,9 +242,7 @@ def _patience() -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
-        raise Unavailable(
-            f"The database has not answered for {PATIENCE_S:.0f} s.", code="database_unavailable"
-        ) from error
+        raise _unavailable(f"The database has not answered for {PATIENCE_S:.0f} s.") from error
 
 
 def _closed() -> Unavailable:
@@ -253,26 +254,63 @@ def _is_conflict(error: BaseException) -> bool:
     return getattr(getattr(error, "orig", None), "sqlstate", None) in {"40001", "40P01"}
 
 
+def _is_held_up(error: BaseException) -> bool:
+    """A lock was not to be had in time, or a statement took too long (PostgreSQL)."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None) in {"55P03", "57014"}
+
+
 # PostgreSQL's own words for "not now": read-only (a failover), shutting down, out of resources,
 # connection lost (https://www.postgresql.org/docs/current/errcodes-appendix.html).
-_NOT_NOW = ("25006", "57P", "53", "08")
+_NOT_NOW = ("25006", "25P03", "57P", "53", "08")
+# And SQLite's: busy, locked, out of memory, read-only, I/O error, full, cannot open, protocol
+# (https://www.sqlite.org/rescode.html).
+_SQLITE_NOT_NOW = {5, 6, 7, 8, 10, 13, 14, 15}
+_FULL = ("53100", 13)
+
+
+def _code(error: BaseException) -> str | int | None:
+    """What the database itself calls it, if it said anything."""
+    original = getattr(error, "orig", None)
+    sqlite_code: int | None = getattr(original, "sqlite_errorcode", None)
+    if sqlite_code is not None:
+        return sqlite_code & 0xFF  # the rest is detail
+    sqlstate: str | None = getattr(original, "sqlstate", None)
+    return sqlstate
 
 
 def _is_outage(error: BaseException) -> bool:
-    sqlstate = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
-    if sqlstate.startswith(_NOT_NOW):
-        return True
-    return not _is_conflict(error) and (
-        isinstance(error, OperationalError | PoolTimeout)
-        or (isinstance(error, DBAPIError) and error.connection_invalidated)
-    )
+    """The database's fault and not the statement's: whatever else is asked now fails too."""
+    match _code(error):
+        case str(sqlstate):
+            return sqlstate.startswith(_NOT_NOW)
+        case int(sqlite_code):
+            return sqlite_code in _SQLITE_NOT_NOW
+        case _:  # it said nothing: there is no connection
+            return isinstance(error, OperationalError | PoolTimeout) or (
+                isinstance(error, DBAPIError) and error.connection_invalidated
+            )
 
 
 def _translated(error: BaseException) -> BaseException:
-    if not _is_outage(error):
-        return error
-    cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-    return Unavailable(f"The database does not answer: {cause}", code="database_unavailable")
+    cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+    if _code(error) in _FULL:
+        return Unavailable(
+            f"The database's disk is full ({cause}). Free some space: nothing else need be done.",
+            code="disk_full",
+        )
+    if _is_conflict(error) or _is_held_up(error):
+        return _busy(cause)
+    if _is_outage(error):
+        return _unavailable(f"The database does not answer: {cause}")
+    return error
+
+
+def _busy(cause: str) -> Unavailable:
+    return _unavailable(f"The database is held up: {cause}")
+
+
+def _unavailable(sentence: str) -> Unavailable:
+    return Unavailable(sentence, code="database_unavailable")
 
 
 HEAD = "0002"  # the newest migration; a test compares it with the scripts

@@ -9,6 +9,7 @@ came back writes nothing.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -344,7 +345,7 @@ def retry_later(
 ) -> bool:
     """Back to the queue after a provider error; its usage is on the books but not billable."""
     return _requeue(
-        connection, claim, "retried", error_code, error_message, spent,
+        connection, claim.fence, "retried", error_code, error_message, spent,
         delay_ms=int(delay_s * 1000), burnt=int(burns_attempt), in_front=1,
     )  # fmt: skip
 
@@ -352,23 +353,52 @@ def retry_later(
 def hand_back(connection: Connection, claim: Claim, spent: Spent | None) -> bool:
     """Back to the head of the line at once: this process is going, the job is not at fault."""
     return _requeue(
-        connection, claim, "handed_back", None, None, spent, delay_ms=0, burnt=0, in_front=0
+        connection, claim.fence, "handed_back", spent=spent, delay_ms=0, burnt=0, in_front=0
     )
+
+
+_STRAYS = select(jobs.c.id, jobs.c.attempt).where(
+    state_is(RUNNING),
+    jobs.c.owner == bindparam("by_owner"),
+    jobs.c.lease_ms < NOW + bindparam("lease_in_ms"),
+)
+
+
+def hand_back_strays(
+    connection: Connection, owner: str, held: Iterable[tuple[str, int]], lease_s: float
+) -> int:
+    """Hand back what the books say a process runs, and it does not; returns how many.
+
+    The reply to its claim was lost, or its end could not be written in an outage. Nobody has died
+    of that, so it is no crash.
+
+    Args:
+        held: Job and attempt of what the process does run.
+        lease_s: Only leases with less than this left: a new claim may still be on its way.
+    """
+    found = connection.execute(
+        _STRAYS, {"by_owner": owner, "lease_in_ms": int(lease_s * 1000)}
+    ).all()
+    strays = {(row.id, row.attempt) for row in found} - set(held)
+    for job_id, attempt in strays:
+        fence = {"job": job_id, "by_attempt": attempt, "by_owner": owner}
+        _requeue(connection, fence, "handed_back", delay_ms=0, burnt=0, in_front=0)
+    return len(strays)
 
 
 def _requeue(
     connection: Connection,
-    claim: Claim,
+    fence: dict[str, Any],
     what: str,
-    code: str | None,
-    why: str | None,
-    spent: Spent | None,
+    code: str | None = None,
+    why: str | None = None,
+    spent: Spent | None = None,
     **values: int,
 ) -> bool:
-    row = connection.execute(_REQUEUE, {**claim.fence, **values}).first()
+    row = connection.execute(_REQUEUE, {**fence, **values}).first()
     if row is None:
         return False
-    close_attempt(connection, row, claim.attempt, what, code, why, spent, billable=False)
+    close_attempt(connection, row, row.attempt, what, code, why, spent, billable=False)
     return True
 
 

@@ -182,11 +182,13 @@ def make_celery(settings: Settings) -> Celery:
             "global_keyprefix": settings.redis_prefix,
             # below the reaper's and dispatcher's times nothing depends on redelivery: keep it rare
             "visibility_timeout": 3600,
-            # a half-open connection is noticed within these; stock Celery waits for ever
-            "socket_timeout": 10,
-            "socket_connect_timeout": 5,
+            # A half-open connection is noticed within these; stock Celery waits for ever. They add
+            # up: first the BRPOP, then an ack, then a publish find theirs dead, one by one.
+            "socket_timeout": 3,
+            "socket_connect_timeout": 3,
             "socket_keepalive": True,
-            "health_check_interval": 10,
+            # kombu looks this often for a BRPOP whose answer is overdue: noticed after 6 to 11 s
+            "health_check_interval": 5,
         },
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,

@@ -9,8 +9,10 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from chaos import broker, database, provider, streams, workers  # noqa: F401  th
 from chaos.cases import CASES, Case
 from chaos.invariants import check
 from chaos.report import write_report
+from chaos.stage import NotPossible, stage
 from chaos.world import World
-from tests.servers import postgres, valkey
 
 
 def main() -> None:
@@ -52,25 +54,30 @@ def main() -> None:
     if arguments.report:
         write_report(Path("docs/reliability.md"), arguments.profile, lines)
     bad = [line["case"] for line in lines if not line["passed"]]
-    print(f"{len(lines) - len(bad)} passed, {len(bad)} failed", flush=True)
+    skipped = sum("skipped" in line for line in lines)
+    passed = len(lines) - len(bad) - skipped
+    print(f"{passed} passed, {len(bad)} failed, {skipped} skipped", flush=True)
     sys.exit(1 if bad or not lines else 0)
 
 
 def run(case: Case, kind: str, *, full: bool) -> dict[str, Any]:
-    """One case on one kind of database, from an empty folder to its verdict."""
+    """One case on one kind of database, from an empty folder to its verdict, whatever happens."""
     started = time.monotonic()
     home = Path(tempfile.mkdtemp(prefix="chaos-"))
-    line: dict[str, Any] = {"case": case.name, "database": kind}
-    with valkey() as broker_:
-        try:
-            with postgres() if kind == "postgresql" else nullcontext() as server:
-                url = server.create("chaos") if server else f"sqlite:///{home}/chaos.db"
-                line |= _harm(World(home, broker_, server, url, case.settings), case, full)
-        finally:
-            if line.get("passed"):
-                shutil.rmtree(home, ignore_errors=True)
-            else:
-                line["logs"] = str(home)
+    line: dict[str, Any] = {"case": case.name, "database": kind, "passed": False, "jobs": 0}
+    line["breaches"] = {}
+    try:
+        with ExitStack() as stack:
+            line |= _harm(stage(case, kind, home, stack, full=full), case, full)
+    except NotPossible as reason:
+        line |= {"passed": True, "skipped": str(reason)}
+    except Exception as error:
+        traceback.print_exc()
+        line |= {"passed": False, "wrong": f"{type(error).__name__}: {error}"[:2000]}
+    if line["passed"]:
+        shutil.rmtree(home, ignore_errors=True)
+    else:
+        line["logs"] = str(home)
     line["seconds"] = round(time.monotonic() - started, 1)
     return line
 
@@ -80,13 +87,13 @@ def _harm(world: World, case: Case, full: bool) -> dict[str, Any]:
     wrong = ""
     try:
         world.stack.api()
-        figures = asyncio.run(case.harm(world, full))
+        figures = asyncio.run(_in_time(case.harm(world, full), world))
     except AssertionError as error:
         wrong = str(error)[:2000] or "an assertion failed"
-    try:
-        breaches = check(world)
-    finally:
-        world.close()
+    except Exception as error:
+        traceback.print_exc()
+        wrong = f"{type(error).__name__}: {error}"[:2000]
+    breaches = check(world)
     return {
         "passed": not wrong and not any(breaches.values()),
         "jobs": len(world.accepted),
@@ -94,6 +101,16 @@ def _harm(world: World, case: Case, full: bool) -> dict[str, Any]:
         "breaches": breaches,
         **({"wrong": wrong} if wrong else {}),
     }
+
+
+async def _in_time(harm: Awaitable[dict[str, Any]], world: World) -> dict[str, Any]:
+    limit = asyncio.timeout(world.ends - time.monotonic())
+    try:
+        async with limit:
+            return await harm
+    except TimeoutError:
+        assert not limit.expired(), "the case did not come to its end in time"
+        raise
 
 
 if __name__ == "__main__":

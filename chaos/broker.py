@@ -10,7 +10,7 @@ import redis
 
 from backchannel.books import Doorbell
 from backchannel.queue import render
-from chaos.cases import accept_p99_s, case, now, recovery
+from chaos.cases import accept_for, accept_p99_s, case, now, prompt, recovery
 from chaos.world import World
 
 
@@ -38,11 +38,11 @@ async def valkey_is_down(world: World, full: bool) -> dict[str, Any]:
     """Jobs are accepted within a second all the while, and run afterwards."""
     world.worker()
     world.valkey.kill()
-    await _accept_for(world, 60 if full else 8)
+    await accept_for(world, 60 if full else 8)
     world.valkey.start()
     back = now()
     took = await asyncio.to_thread(world.settle, 120)
-    return {"accept_p99_s": _prompt(world), "drained_s": round(took, 1), **recovery(world, back)}
+    return {"accept_p99_s": prompt(world), "drained_s": round(took, 1), **recovery(world, back)}
 
 
 @case("broker.frozen")
@@ -51,23 +51,43 @@ async def valkey_is_frozen(world: World, full: bool) -> dict[str, Any]:
     world.worker()
     await world.accept(20, "openai:ok-t100-d40")
     world.valkey.freeze()
-    await _accept_for(world, 30 if full else 8)
+    await accept_for(world, 30 if full else 8)
     world.valkey.thaw()
     took = await asyncio.to_thread(world.settle, 120)
-    return {"accept_p99_s": _prompt(world), "drained_s": round(took, 1)}
+    return {"accept_p99_s": prompt(world), "drained_s": round(took, 1)}
 
 
-async def _accept_for(world: World, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        await world.accept(10, "openai:ok-t5")
-        await asyncio.sleep(0.5)
+@case("broker.half_open", through="broker")
+async def packets_to_valkey_are_swallowed(world: World, full: bool) -> dict[str, Any]:
+    """First nothing passes; then new connections do, and the old ones stay dead for ever.
+
+    In the full profile also the other way to heal, where what was held arrives late.
+    """
+    assert world.proxy is not None
+    world.worker()
+    waits: dict[str, float] = {}
+    for old in (True, False) if full else (False,):
+        await world.accept(20, "openai:ok-t60-d40")
+        await asyncio.sleep(1.0)
+        world.proxy.swallow()
+        await accept_for(world, 30 if full else 4)
+        world.proxy.heal(old=old)
+        waits["old_heal_s" if old else "consuming_again_s"] = await _until_consuming(world)
+        await asyncio.to_thread(world.settle, 60)
+    return {"accept_p99_s": prompt(world), **waits}
 
 
-def _prompt(world: World) -> float:
-    p99 = accept_p99_s(world)
-    assert p99 < 1.0, f"accept p99 is {p99} s"
-    return p99
+async def _until_consuming(world: World) -> float:
+    """Seconds until a worker has taken a job that is accepted now."""
+    healed = time.monotonic()
+    (job_id,) = await world.accept(1, "openai:ok-t1")
+    while (waited := time.monotonic() - healed) < 60:
+        (job,) = world.rows(f"SELECT state FROM jobs WHERE id = '{job_id}'")
+        if job.state != "queued":
+            break
+        await asyncio.sleep(0.1)
+    assert waited < 20 + 3, f"nothing was consumed for {waited:.0f} s"  # 3 for this machine
+    return round(waited, 1)
 
 
 @case("broker.flushall")
@@ -110,4 +130,4 @@ async def valkey_out_of_memory(world: World, full: bool) -> dict[str, Any]:
     await asyncio.sleep(4.0)
     world.valkey.say("CONFIG SET maxmemory 0")
     took = await asyncio.to_thread(world.settle, 120)
-    return {"accept_p99_s": _prompt(world), "drained_s": round(took, 1)}
+    return {"accept_p99_s": prompt(world), "drained_s": round(took, 1)}

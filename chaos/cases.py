@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from chaos.world import World
 
 Harm = Callable[[World, bool], Awaitable[dict[str, Any]]]
+Through = Literal["", "broker", "database"]
 
 QUICK_LEASES = {
     "BACKCHANNEL_LEASE_S": "4",
@@ -27,6 +29,8 @@ class Case:
     Attributes:
         quick: Whether it belongs to the quick profile too, with smaller numbers.
         databases: On which databases it runs in the full profile; quick takes the first.
+        through: What the processes reach only through `World.proxy`: "broker" or "database".
+        small_disk: The database lies on a disk of `SMALL_DISK_MB` of its own.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Case:
     quick: bool = True
     databases: tuple[str, ...] = ("sqlite",)
     settings: dict[str, str] = field(default_factory=dict)
+    through: Through = ""
+    small_disk: bool = False
 
 
 CASES: list[Case] = []
@@ -44,13 +50,16 @@ def case(
     *,
     quick: bool = True,
     databases: tuple[str, ...] = ("sqlite",),
+    through: Through = "",
+    small_disk: bool = False,
     **settings: object,
 ) -> Callable[[Harm], Harm]:
     """Register a case; settings by their short names."""
 
     def register(harm: Harm) -> Harm:
         named = {f"BACKCHANNEL_{key.upper()}": str(value) for key, value in settings.items()}
-        CASES.append(Case(name, harm, quick, databases, {**QUICK_LEASES, **named}))
+        named = {**QUICK_LEASES, **named}
+        CASES.append(Case(name, harm, quick, databases, named, through, small_disk))
         return harm
 
     return register
@@ -74,6 +83,21 @@ def accept_p99_s(world: World) -> float:
     """The 99th percentile of POST times so far."""
     times = sorted(world.accept_s)
     return round(times[min(int(len(times) * 0.99), len(times) - 1)], 3)
+
+
+def prompt(world: World) -> float:
+    """The same; a breach from 1 s on."""
+    p99 = accept_p99_s(world)
+    assert p99 < 1.0, f"accept p99 is {p99} s"
+    return p99
+
+
+async def accept_for(world: World, seconds: float) -> None:
+    """Accept short jobs, 20 a second."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        await world.accept(10, "openai:ok-t5")
+        await asyncio.sleep(0.5)
 
 
 def now() -> float:

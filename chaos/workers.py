@@ -99,6 +99,46 @@ async def a_job_that_kills_workers(world: World, full: bool) -> dict[str, Any]:
     return {"kills": world.kills}
 
 
+@case("workers.wrong_clock", quick=False, databases=("postgresql",))
+async def hosts_that_disagree_about_the_time(world: World, full: bool) -> dict[str, Any]:
+    """One worker's host is an hour ahead, another's an hour behind: the database's clock counts.
+
+    What Python calls the time is shifted, `time.time` and `time.time_ns`; what counts seconds,
+    `time.monotonic`, stays right, as it does on such a host.
+    """
+    for name, seconds in (("ahead", 3600), ("behind", -3600)):
+        folder = world.stack.home / name
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(_SHIFTED.format(seconds=seconds))
+        world.worker(env={"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"})
+        (log,) = world.stack.home.glob(f"worker-{len(world.stack.processes) - 1}.log")
+        assert _SAYS.format(seconds=seconds) in log.read_text(), "its clock is right"
+    began = now()
+    long = await world.accept(40 if full else 10, "openai:ok-t120-d50")  # 6 s, the lease is 4
+    late = await world.accept(5, "openai:ok-t500-d50", deadline_s=5)
+    await world.accept(200 if full else 50, "openai:ok-t10-d20")
+    await asyncio.to_thread(world.settle, 120)
+    jobs = {row.id: row for row in world.rows("SELECT * FROM jobs")}
+    assert {jobs[job_id].state for job_id in long} == {"succeeded"}
+    assert {jobs[job_id].state for job_id in late} == {"expired"}
+    lateness = max(jobs[job_id].finished_ms / 1000 for job_id in late) - began - 5
+    assert -1 < lateness < 6, f"deadlines held by {lateness:.1f} s"
+    assert {job.attempt for job in jobs.values()} == {1}, "a live job was taken away"
+    owners = {row.owner for row in world.rows("SELECT DISTINCT owner FROM attempts")}
+    assert len(owners) == 2, "one worker did it all"
+    return {"deadline_late_s": round(lateness, 1)}
+
+
+_SAYS = "This clock is {seconds} s off."
+_SHIFTED = f"""import sys, time
+
+true, true_ns = time.time, time.time_ns
+time.time = lambda: true() + {{seconds}}
+time.time_ns = lambda: true_ns() + {{seconds}} * 1_000_000_000
+print("{_SAYS}", file=sys.stderr)
+"""
+
+
 @case("workers.drain")
 async def drain_with_running_jobs(world: World, full: bool) -> dict[str, Any]:
     """What fits in the grace time finishes, the rest is handed back, the exit is in time."""

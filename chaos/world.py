@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import httpx2
 
 from backchannel.db import Database, migrate
+from chaos.proxy import Proxy
 from tests.servers import Postgres, Valkey
 from tests.trip.stack import Stack
 
@@ -33,15 +36,21 @@ class World:
         postgres: Postgres | None,
         database_url: str,
         settings: dict[str, str],
+        *,
+        proxy: Proxy | None = None,
+        limit_s: float = 300.0,
     ) -> None:
         with _MIGRATING:
             migrate(database_url)
         self.stack = Stack(home, valkey, database_url, **settings)
         self.valkey = valkey
         self.postgres = postgres
+        self.proxy = proxy
+        self.ends = time.monotonic() + limit_s
         self.database = Database(database_url, name="chaos")
         self.accepted: dict[str, str] = {}  # job id → prompt
         self.accept_s: list[float] = []
+        self.answers: Counter[int] = Counter()  # status codes of POSTs
         self.workers: list[subprocess.Popen[bytes]] = []
         self.kills = 0
 
@@ -52,15 +61,17 @@ class World:
 
     # ------------------------------------------------------------ processes
 
-    def worker(self, jobs_in_flight: int = 50, fault: str = "") -> subprocess.Popen[bytes]:
+    def worker(
+        self, jobs_in_flight: int = 50, fault: str = "", env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start a worker; with a fault point armed it will kill itself there."""
-        env = self.stack.env
-        env["BACKCHANNEL_FAULT"] = fault
+        before = dict(self.stack.env)
+        self.stack.env |= {"BACKCHANNEL_FAULT": fault, **(env or {})}
         try:
             # an armed one may be dead before it is ready
             process = self.stack.worker(jobs_in_flight, wait=not fault)
         finally:
-            del env["BACKCHANNEL_FAULT"]
+            self.stack.env = before
         self.workers.append(process)
         return process
 
@@ -91,26 +102,48 @@ class World:
 
     # ------------------------------------------------------------ jobs
 
-    async def accept(self, count: int, model: str, **body: Any) -> list[str]:
-        """POST jobs, 50 at a time; every 202 is a promise to be checked."""
-        slots = asyncio.Semaphore(50)
+    async def accept(
+        self, count: int, model: str, *, insist: bool = False, at_once: int = 50, **body: Any
+    ) -> list[str]:
+        """POST jobs, so many at once; every 202 is a promise to be checked.
+
+        Args:
+            insist: With an Idempotency-Key, and after a 503 again until it is accepted.
+        """
+        slots = asyncio.Semaphore(at_once)
         made: list[str] = []
 
         async def one(client: httpx2.AsyncClient, number: int) -> None:
             prompt = f"{model} {number} {len(self.accepted)} {time.monotonic_ns()}"
             async with slots:
-                started = time.monotonic()
                 asked = {"model": model, "prompt": prompt, **body}
-                answer = await client.post("/v1/jobs", json=asked)
-                self.accept_s.append(time.monotonic() - started)
+                headers = {"Idempotency-Key": prompt} if insist else {}
+                while True:
+                    started = time.monotonic()
+                    answer = await client.post("/v1/jobs", json=asked, headers=headers)
+                    self.accept_s.append(time.monotonic() - started)
+                    self.answers[answer.status_code] += 1
+                    if not insist or answer.status_code != 503 or started > self.ends:
+                        break
+                    await asyncio.sleep(float(answer.headers["Retry-After"]))
             if answer.status_code == 202:
                 job_id = answer.json()["id"]
                 self.accepted[job_id] = prompt
                 made.append(job_id)
 
-        async with httpx2.AsyncClient(base_url=self.stack.url, timeout=60) as client:
+        limits = httpx2.Limits(max_connections=at_once)
+        async with httpx2.AsyncClient(base_url=self.stack.url, timeout=60, limits=limits) as client:
             await asyncio.gather(*[one(client, number) for number in range(count)])
         return made
+
+    def memory_mb(self) -> float:
+        """What all API processes have in memory."""
+        status = [
+            Path(f"/proc/{process.pid}/status").read_text()
+            for process in self.stack.processes
+            if "api" in process.args  # type: ignore[operator]
+        ]
+        return sum(int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) for text in status) / 1024
 
     def states(self) -> dict[str, int]:
         """How many jobs are in each state."""
@@ -121,7 +154,7 @@ class World:
         """Wait until every job is finished; returns the seconds it took."""
         started = time.monotonic()
         while any(state not in TERMINAL for state in self.states()):
-            if time.monotonic() - started > within_s:
+            if time.monotonic() > min(started + within_s, self.ends):
                 return time.monotonic() - started  # the checker calls it lost
             time.sleep(0.25)
         time.sleep(1.0)  # zombies and late flushes may show themselves

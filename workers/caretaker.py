@@ -41,7 +41,8 @@ async def _reap_forever(process: Process) -> None:
     while True:
         # jittered, so that many caretakers do not all look at once
         await asyncio.sleep(REAP_S * random.uniform(0.75, 1.0))
-        await survive("The reaper could not look.", lambda: reap(process))
+        if process.pulse.may_judge():
+            await survive("The reaper could not look.", lambda: reap(process))
 
 
 async def _expire_forever(process: Process) -> None:

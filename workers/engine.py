@@ -101,6 +101,7 @@ class Run:
         self.answer = Answer()
         self.provider: Provider | None = None
         self.called = False
+        self.written = False  # its end is: from here on nobody can take the attempt away
         self._stop: Stop | None = None
         self._calling: asyncio.Task[Finish] | None = None
         # monotonic; infinite until the call is made: a process's first call imports its SDK before
@@ -113,6 +114,8 @@ class Run:
 
     def stop(self, reason: Stop) -> None:
         """End the provider call; the first reason stands. After the call it changes nothing."""
+        if self.written:
+            return
         self._stop = self._stop or reason
         if reason == "lost" and self.stream is not None:
             self.stream.fenced = True
@@ -330,6 +333,7 @@ class Run:
             written = await self.process.persist(work)
             # the commit has just proved whose attempt it is: its last event may still go out
             self.renew(time.monotonic())
+            self.written = bool(written)
             return written
         except Unavailable as error:
             log.error(

@@ -8,10 +8,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from sqlalchemy import Connection
 
 from backchannel import lifecycle
 from backchannel.errors import Unavailable
 from backchannel.pubsub import OUTAGE
+from backchannel.settings import Settings
 
 if TYPE_CHECKING:
     from workers.process import Process
@@ -20,6 +22,7 @@ log = structlog.get_logger()
 
 # How often the fences and deadlines of all running jobs are looked at, by one task for all.
 SHEPHERD_S = 0.25
+RETRY_S = 1.0  # a heartbeat that was not written has less time than one that is not due
 
 
 def habits(process: Process) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
@@ -29,31 +32,73 @@ def habits(process: Process) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
     yield "cancel-hints", _hear_cancels_forever(process)
 
 
-async def survive(sentence: str, step: Callable[[], Awaitable[Any]]) -> None:
+class Pulse:
+    """When this process last wrote its heartbeat: how it knows an outage from others' deaths."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._last = time.monotonic()
+        self._judge_from = 0.0
+
+    def felt(self) -> None:
+        """A heartbeat was written."""
+        now = time.monotonic()
+        if now - self._last > self._settings.fence_s:
+            self._judge_from = now + self._settings.lease_s
+        self._last = now
+
+    def may_judge(self) -> bool:
+        """Whether a lapsed lease means that a worker has died.
+
+        Who could not renew its own leases, because the database was away or it was frozen itself,
+        cannot say that of others: once it can again they have one lease's time to renew theirs.
+        """
+        now = time.monotonic()
+        return now - self._last <= self._settings.fence_s and now >= self._judge_from
+
+
+async def survive(sentence: str, step: Callable[[], Awaitable[Any]]) -> bool:
     """One round of a habit: what a server's absence breaks is logged and tried again next time."""
     try:
         await step()
+        return True
     except (Unavailable, *OUTAGE) as error:
         log.warning(sentence, error=str(error))
     except Exception:
         # a defect: a process without its heart would hold jobs and never let go of them
         log.exception(sentence)
+    return False
 
 
 async def _beat_forever(process: Process) -> None:
+    written = True
     while True:
-        await asyncio.sleep(process.settings.heartbeat_s)
-        await survive("The heartbeat was not written.", lambda: beat(process))
+        pause_s = process.settings.heartbeat_s
+        await asyncio.sleep(pause_s if written else min(pause_s, RETRY_S))
+        written = await survive("The heartbeat was not written.", lambda: beat(process))
 
 
 async def beat(process: Process) -> None:
-    """Renew the leases of all running jobs; stop the ones that are no longer ours."""
+    """Renew the leases of all running jobs; stop the ones that are no longer ours.
+
+    And let go of the ones that are ours by mistake.
+    """
     asked = time.monotonic()  # the lease counts from before the statement, never from after
     held = dict(process.runs)
     job_ids = [job_id for job_id, _ in held]
-    beats = await process.db.write(
-        lambda c: lifecycle.heartbeat(c, process.owner, job_ids, process.settings.lease_s)
-    )
+    lease_s, young_s = process.settings.lease_s, process.settings.heartbeat_s
+
+    def write(connection: Connection) -> tuple[dict[str, lifecycle.Beat], int]:
+        beats = lifecycle.heartbeat(connection, process.owner, job_ids, lease_s)
+        return beats, lifecycle.hand_back_strays(connection, process.owner, held, lease_s - young_s)
+
+    beats, strays = await process.db.write(write)
+    process.pulse.felt()
+    if strays:
+        log.warning(
+            "Some jobs were ours on the books and not here, after an outage; they go back.",
+            jobs=strays,
+        )
     for (job_id, attempt), run in held.items():
         found = beats.get(job_id)
         if found is None or found.attempt != attempt:

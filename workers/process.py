@@ -113,6 +113,7 @@ class Process:
             )
         )
         stack.push_async_callback(self._sign_off)
+        self.pulse = heart.Pulse(settings)
         for name, habit in (*heart.habits(self), *caretaker.habits(self)):
             self._keep(stack, name, habit)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import socket
 import sqlite3
 import threading
 import time
@@ -21,13 +22,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, inspect, select, text
+from sqlalchemy import Connection, inspect, make_url, select, text
 from sqlmodel import SQLModel
 
 import backchannel.migrations
 from backchannel.db import HEAD, Database, create, migrate, now_ms
 from backchannel.errors import SetupError, Unavailable
 from backchannel.tables import workers
+from chaos.proxy import Proxy
 from tests.servers import Postgres, postgres
 
 _numbers = count(1)
@@ -298,6 +300,90 @@ def test_a_locked_sqlite_file_is_unavailable(
         other.rollback()
     assert database.write_now(sign_on("waiting")) == "waiting"
     database.close()
+
+
+def test_a_conflict_that_never_ends_is_unavailable(postgres_url: str) -> None:
+    def refused(connection: Connection) -> None:
+        connection.exec_driver_sql("DO $$ BEGIN RAISE 'again' USING ERRCODE = '40001'; END $$")
+
+    with closing(Database(postgres_url, name="test")) as database:
+        with pytest.raises(Unavailable, match="held up: again"):
+            database.write_now(refused)
+        assert database.write_now(sign_on("after")) == "after"
+
+
+def test_a_statement_that_is_wrong_is_no_outage(sqlite_url: str) -> None:
+    # SQLite calls it an OperationalError too
+    with closing(Database(sqlite_url, name="test")) as database:
+        gate = Gate(database)
+        wrong = database.submit(lambda c: c.execute(text("SELECT nonsense")))
+        neighbour = database.submit(sign_on("neighbour"))
+        gate.open()
+        assert neighbour.result(10) == "neighbour"
+        assert not isinstance(wrong.exception(10), Unavailable)
+
+
+def test_a_locked_row_fails_the_work_that_needs_it_and_a_locked_table_all(
+    postgres_url: str,
+) -> None:
+    with closing(Database(postgres_url, name="test")) as database:
+        database.write_now(sign_on("locked"))
+
+        def touch(connection: Connection) -> None:
+            connection.execute(text("SET LOCAL lock_timeout = '100ms'"))
+            connection.execute(workers.delete().where(workers.c.owner == "locked"))
+
+        with create(postgres_url).connect() as other:
+            other.execute(text("SELECT * FROM workers FOR UPDATE"))
+            gate = Gate(database)
+            held_up = database.submit(touch)
+            neighbours = [database.submit(sign_on(str(number))) for number in range(5)]
+            gate.open()
+            assert isinstance(held_up.exception(10), Unavailable)
+            assert [each.result(10) for each in neighbours] == list("01234")
+
+            other.execute(text("LOCK TABLE workers"))
+            gate = Gate(database)
+            many = [database.submit(touch) for _ in range(200)]
+            began = time.monotonic()
+            gate.open()
+            assert all(isinstance(each.exception(10), Unavailable) for each in many)
+            assert time.monotonic() - began < 5  # and not 200 times 100 ms
+        other.engine.dispose()
+
+
+def test_a_full_disk_says_so_and_leaves_nothing_behind(sqlite_url: str) -> None:
+    with closing(Database(sqlite_url, name="test")) as database:
+
+        def too_much(connection: Connection) -> None:
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+            connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")  # SQLite's own full disk
+            for number in range(2000):
+                sign_on(f"{number}".zfill(500))(connection)
+
+        with pytest.raises(Unavailable, match="disk is full") as error:
+            database.write_now(too_much)
+        assert error.value.code == "disk_full"
+        assert owners(database) == set()
+
+
+@pytest.mark.parametrize("old", [False, True])
+async def test_a_path_that_swallows_packets_is_noticed(
+    postgres_server: Postgres, postgres_url: str, monkeypatch: pytest.MonkeyPatch, *, old: bool
+) -> None:
+    monkeypatch.setattr("backchannel.postgres.SILENCE_S", 1.0)
+    path = Proxy(socket.AF_UNIX, str(postgres_server.folder / ".s.PGSQL.5432"))
+    far = make_url(postgres_url).set(host="127.0.0.1", port=path.port, query={})
+    with closing(path), closing(Database(far.render_as_string(), name="test")) as database:
+        await database.write(sign_on("before"))
+        path.swallow()
+        waiting = asyncio.create_task(database.write(sign_on("waiting")))
+        await asyncio.sleep(0.5)
+        path.heal(old=old)
+        await asyncio.wait([waiting], timeout=5)
+        assert waiting.done()
+        assert waiting.exception() is None
+        assert await asyncio.wait_for(database.write(sign_on("after")), 5) == "after"
 
 
 # ---------------------------------------------------------------- migrations

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
 
 from backchannel import lifecycle
+from backchannel.errors import Unavailable
 from backchannel.lifecycle import Claim
 from backchannel.queue import queue_length
+from backchannel.settings import Settings, get_settings
 from backchannel.tables import BATCH, INTERACTIVE
 from tests.workers.conftest import Bench
 from workers import caretaker, heart
@@ -97,3 +103,56 @@ async def test_a_heartbeat_keeps_leases_and_finds_what_was_lost(
     process.submit(heart.beat(process)).result(timeout=10)
     assert running.result(timeout=10) is None
     assert bench.job(job_id).owner == "another"
+
+
+async def test_a_heartbeat_hands_back_what_is_ours_on_the_books_only(
+    bench: Bench, process: Process
+) -> None:
+    stray, on_its_way, other = bench.accept(), bench.accept(), bench.accept()
+    for job_id, owner in ((stray, process.owner), (on_its_way, process.owner), (other, "other")):
+        claimed(bench, job_id, owner)
+    bench.database.write_now(
+        lambda c: c.exec_driver_sql(f"UPDATE jobs SET lease_ms = 1 WHERE id <> '{on_its_way}'")
+    )
+    process.submit(heart.beat(process)).result(timeout=10)
+    job = bench.job(stray)
+    assert (job.state, job.crashes, job.owner) == ("queued", 0, None)
+    assert bench.job(on_its_way).owner == process.owner
+    assert bench.job(other).owner == "other"
+
+
+def test_after_an_outage_nobody_is_judged_for_one_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=100.0)
+    monkeypatch.setattr(heart, "time", clock)
+    pulse = heart.Pulse(Settings(lease_s=20, fence_s=15))
+    verdicts = {}
+    for clock.now in (100, 105, 110):
+        pulse.felt()
+    for clock.now in (115, 124, 126):
+        verdicts[clock.now] = pulse.may_judge()
+    clock.now = 140
+    pulse.felt()
+    for clock.now in (140, 145, 150, 155, 160):
+        pulse.felt()
+        verdicts[clock.now] = pulse.may_judge()
+    assert verdicts == {
+        115: True, 124: True, 126: False, 140: False, 145: False, 150: False, 155: False, 160: True,
+    }  # fmt: skip
+
+
+async def test_a_heartbeat_that_was_not_written_is_tried_again_soon(
+    bench: Bench, environment: pytest.MonkeyPatch, new_process: Callable[[], Process]
+) -> None:
+    environment.setenv("BACKCHANNEL_HEARTBEAT_S", "2")
+    environment.setattr(heart, "RETRY_S", 0.05)
+    get_settings.cache_clear()
+    beats: list[float] = []
+
+    async def unavailable(_: Process) -> None:
+        beats.append(time.monotonic())
+        raise Unavailable("The database does not answer.")
+
+    environment.setattr(heart, "beat", unavailable)
+    new_process()
+    await asyncio.sleep(3.5)
+    assert len(beats) > 5

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import DataError
 
-from backchannel import events, lifecycle
+from backchannel import bus, events, lifecycle
 from backchannel.errors import PROVIDER_ERRORS, ProviderError
 from backchannel.lifecycle import Claim
 from backchannel.settings import Settings
@@ -74,6 +74,22 @@ async def test_an_answer_is_streamed_stored_and_booked(
     assert fields(stored[-1])["usage"]["output_tokens"] == 5
     assert await bench.live_log(process, job_id) == stored
     assert str(report).startswith(f"{job_id} · succeeded · {model} · 2+5 tokens")
+
+
+async def test_a_heartbeat_that_misses_a_job_just_finished_does_not_silence_its_end(
+    bench: Bench, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = bus.Stream.end
+
+    def end(stream: bus.Stream, closed: list[events.Event]) -> None:
+        ended(stream, closed)
+        for running in process.runs.values():
+            running.stop("lost")
+
+    monkeypatch.setattr(bus.Stream, "end", end)
+    job_id = bench.accept("openai:ok-t5")
+    await finished(bench, process, job_id)
+    assert await bench.live_log(process, job_id) == bench.log(job_id)
 
 
 async def test_a_second_doorbell_for_the_same_job_does_nothing(
