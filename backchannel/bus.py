@@ -63,6 +63,7 @@ return {'ok', nxt}
 # A running job's stream outlives any pause between two events; a finished one is in the database.
 LIVE_TTL_MS = 6 * 3_600_000
 ENDED_TTL_MS = 60_000
+FLUSH_PATIENCE_S = 0.5  # of an attempt that wants its events sent before it goes on
 ROLL_CALL_S = 2.0  # a reader that hears nothing looks at the row this often
 
 
@@ -255,6 +256,11 @@ class Publisher:
                 if self._silent:
                     log.info("Redis takes stream events again.")
                 self._silent = False
+
+    async def try_flush(self) -> None:
+        """Send all new events now; a Redis that does not take them at once gets them later."""
+        with contextlib.suppress(*OUTAGE):
+            await asyncio.wait_for(self.flush(), FLUSH_PATIENCE_S)
 
     async def flush(self) -> None:
         """Send all new events in one round trip.

@@ -132,7 +132,12 @@ PROVIDER_ERRORS: dict[str, Policy] = {
     "invalid_request": Policy(False, True, "the provider refused the request (4xx)"),
     "content_filter": Policy(False, True, "the provider refused to answer this content"),
     "answer_too_large": Policy(False, True, "the answer went over the cap of bytes"),
+    "circuit_open": Policy(True, False, "not called: the endpoint keeps failing, see the circuit"),
 }
+
+# What says that an endpoint is not well, if it comes before any content: enough of these in a row
+# open its circuit. Everything else, a refusal or half an answer, is a sign of life.
+UNWELL = frozenset({"unreachable", "overloaded", "server_error", "disconnected", "stalled"})
 
 
 class ProviderError(BackchannelError):
@@ -161,3 +166,8 @@ class ProviderError(BackchannelError):
         self.retryable = self.policy.retryable
         self.retry_after_s = retry_after_s
         self.status_code = status_code
+
+    def excuse(self, wait_s: float) -> None:
+        """Not the job's fault: no retry is burnt, and the next attempt waits at least this long."""
+        self.policy = self.policy._replace(burns_attempt=False)
+        self.retry_after_s = max(self.retry_after_s or 0.0, wait_s)

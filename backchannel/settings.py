@@ -98,7 +98,18 @@ class Settings(BaseSettings):
         3, ge=1, description="Crashed attempts after which a job fails as poison."
     )
     max_retries: int = Field(
-        5, description="Retries after provider errors that burn an attempt; 429 and 529 do not."
+        5,
+        description="Retries after provider errors that burn an attempt; 429, 529 and an "
+        "open circuit do not.",
+    )
+    circuit_failures: int = Field(
+        5, ge=1, description="Failed calls in a row after which an endpoint is left alone."
+    )
+    circuit_open_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds an endpoint is left alone before one call tries it again; its jobs "
+        "wait without losing a retry.",
     )
     backoff_max_s: float = Field(60.0, description="Ceiling of the jittered wait between attempts.")
     job_deadline_s: float = Field(

@@ -46,7 +46,8 @@ def main() -> None:
 
     def one(pair: tuple[Case, str]) -> dict[str, Any]:
         line = run(*pair, full=full)
-        print(json.dumps(line), flush=True)
+        shown = {name: value for name, value in line.items() if not name.startswith("_")}
+        print(json.dumps(shown), flush=True)
         return line
 
     with ThreadPoolExecutor(arguments.side_by_side) as threads:
@@ -90,13 +91,14 @@ def _harm(world: World, case: Case, full: bool) -> dict[str, Any]:
         figures = asyncio.run(_in_time(case.harm(world, full), world))
     except AssertionError as error:
         wrong = str(error)[:2000] or "an assertion failed"
-    except Exception as error:
-        traceback.print_exc()
+    except Exception as error:  # one broken case must not take the others' lines with it
         wrong = f"{type(error).__name__}: {error}"[:2000]
+        traceback.print_exc()
     breaches = check(world)
     return {
         "passed": not wrong and not any(breaches.values()),
         "jobs": len(world.accepted),
+        **({"kills": world.kills} if world.kills else {}),
         **figures,
         "breaches": breaches,
         **({"wrong": wrong} if wrong else {}),

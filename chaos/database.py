@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
 import time
-from contextlib import suppress
+from collections import Counter
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from backchannel import lifecycle
+from backchannel.books import Finished, Outcome, Spent
+from backchannel.db import Database
+from backchannel.events import END, STARTED, encode, end_fields, pack_log
+from backchannel.lifecycle import Claim
 from chaos.cases import accept_p99_s, case, now, recovery
 from chaos.invariants import extra_calls
 from chaos.world import World
+from tests.makers import calling, lapse, queued
 
 
 @case("database.postgres_kill9", databases=("postgresql",))
@@ -37,6 +46,81 @@ async def kill_postgres_in_the_middle(world: World, full: bool) -> dict[str, Any
     assert refused_s < 20, f"an accept hung for {refused_s:.0f} s"
     await asyncio.to_thread(world.settle, 180)
     return {"refused_within_s": round(refused_s, 1), **recovery(world, back)}
+
+
+@case("database.finish_races", databases=("sqlite", "postgresql"))
+async def finish_against_reap_against_cancel(world: World, full: bool) -> dict[str, Any]:
+    """One job, three processes' writes at the same moment: one wins, once, and the books agree."""
+    url = world.stack.env["BACKCHANNEL_DATABASE_URL"]
+    dice = random.Random(11)
+    won: Counter[str] = Counter()
+    with ExitStack() as stack:
+        sides = [Database(url, name=name) for name in ("finisher", "reaper", "canceller")]
+        for side in sides:
+            stack.callback(side.close)
+        for _ in range(20 if full else 4):
+            claims = [await asyncio.to_thread(_lapsed_claim, world, number) for number in range(50)]
+            for claim, finished, reaped in await asyncio.to_thread(_race, sides, claims, dice):
+                assert bool(finished) != bool(reaped), f"{claim.job_id}: {finished}, {reaped}"
+                won["finished" if finished else "reaped"] += 1
+            for job in world.database.write_now(lifecycle.overdue):
+                ended = _outcome(job.state, job.attempt)
+                close = partial(lifecycle.close_queued, job_id=job.job_id, attempt=job.attempt)
+                assert world.database.write_now(partial(close, outcome=ended))
+    states = world.states()
+    assert sum(states.values()) == won.total()
+    assert set(states) == {"succeeded", "cancelled"}, states
+    return {"races": won.total(), **won, **states}
+
+
+def _lapsed_claim(world: World, number: int) -> Claim:
+    """A job whose call is made and whose lease is over, though its worker still lives."""
+    prompt = f"race {number} {time.monotonic_ns()}"
+    job_id = queued(world.database, messages=[{"role": "user", "content": prompt}])
+    world.accepted[job_id] = prompt
+    claim = calling(world.database, job_id)
+    lapse(world.database, job_id)
+    return claim
+
+
+def _race(
+    sides: list[Database], claims: list[Claim], dice: random.Random
+) -> list[tuple[Claim, Finished | None, bool]]:
+    """All three writers at all jobs, each in an order of its own."""
+    told: dict[tuple[int, str], Any] = {}
+    works: list[list[tuple[Claim, Any]]] = [
+        [
+            (c, partial(lifecycle.finish, claim=c, outcome=_outcome("succeeded", c.attempt)))
+            for c in claims
+        ],
+        [(c, partial(lifecycle.reap, job_id=c.job_id, attempt=c.attempt)) for c in claims],
+        [(c, partial(lifecycle.request_cancel, job_id=c.job_id, caller=c.caller)) for c in claims],
+    ]
+    for work in works:
+        dice.shuffle(work)
+    for each in zip(*works, strict=True):
+        for number in dice.sample(range(3), 3):
+            claim, statement = each[number]
+            told[number, claim.job_id] = sides[number].submit(statement)
+        time.sleep(dice.uniform(0, 0.004))  # or one side's whole round would be one commit
+    return [
+        (claim, told[0, claim.job_id].result(60), told[1, claim.job_id].result(60))
+        for claim in claims
+        if told[2, claim.job_id].result(60) or True
+    ]
+
+
+def _outcome(state: str, attempt: int) -> Outcome:
+    won = state == "succeeded"
+    end = end_fields(state, "stop" if won else None)
+    log = [encode(0, STARTED, {"attempt": attempt}), encode(1, END, end)]
+    return Outcome(
+        state=state,
+        log=pack_log(log),
+        finish_reason=end["finish_reason"],
+        message={"role": "assistant", "content": None} if won else None,
+        spent=Spent("unknown", None),
+    )
 
 
 @case("database.sqlite_locked")
@@ -152,7 +236,8 @@ async def somebody_locks_the_jobs(world: World, full: bool) -> dict[str, Any]:
     (job_id,) = await world.accept(1, "openai:ok-t1")
     await world.accept(20, "openai:ok-t60-d40")
     await asyncio.sleep(1.0)
-    memory_mb = world.memory_mb()
+    api = world.stack.processes[1]
+    memory_mb = world.memory_mb(api.pid)
     with world.database.engine.connect() as other:
         other.exec_driver_sql("SET idle_in_transaction_session_timeout = 0")
         other.exec_driver_sql("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
@@ -172,7 +257,7 @@ async def somebody_locks_the_jobs(world: World, full: bool) -> dict[str, Any]:
             answers = await asyncio.gather(*asking)
             await posting
             took = time.monotonic() - began
-        grown_mb = world.memory_mb() - memory_mb
+        grown_mb = world.memory_mb(api.pid) - memory_mb
         other.rollback()
     assert alive == 200
     assert alive_s < 1.0, f"/healthz took {alive_s:.1f} s"

@@ -95,8 +95,7 @@ def _check_calls(
 ) -> None:
     """The ledger names calls by a hash of the prompt, and every prompt here is asked once."""
     calls: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in world.stack.ledger.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in world.ledger():
         if entry["at"] == "start":
             calls[entry["prompt"]].append({"call": entry["call"], "tokens": None, "outcome": None})
         elif entry["at"] == "end":
@@ -118,7 +117,5 @@ def _check_calls(
 
 def extra_calls(world: World) -> int:
     """Provider calls beyond one a job: what the kills cost in money."""
-    started = sum(
-        json.loads(line)["at"] == "start" for line in world.stack.ledger.read_text().splitlines()
-    )
+    started = sum(entry["at"] == "start" for entry in world.ledger())
     return started - len(world.accepted)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import re
+import resource
 import signal
 import subprocess
 import threading
@@ -19,7 +20,7 @@ import httpx2
 
 from backchannel.db import Database, migrate
 from chaos.proxy import Proxy
-from tests.servers import Postgres, Valkey
+from tests.servers import Postgres, Valkey, free_port
 from tests.trip.stack import Stack
 
 _MIGRATING = threading.Lock()  # Alembic's context is one for all threads of a process
@@ -43,6 +44,13 @@ class World:
         with _MIGRATING:
             migrate(database_url)
         self.stack = Stack(home, valkey, database_url, **settings)
+        fake = self.stack.env["BACKCHANNEL_PROVIDERS__OPENAI__BASE_URL"].removesuffix("/v1")
+        self.stack.env |= {
+            "BACKCHANNEL_PROVIDERS__GROQ__BASE_URL": f"{fake}/v1",
+            "GROQ_API_KEY": "gsk-test-groq",
+            "BACKCHANNEL_PROVIDERS__OLLAMA__BASE_URL": f"{fake}/ollama/v1",
+            "BACKCHANNEL_PROVIDERS__LMSTUDIO__BASE_URL": f"http://127.0.0.1:{free_port()}/v1",
+        }
         self.valkey = valkey
         self.postgres = postgres
         self.proxy = proxy
@@ -53,6 +61,7 @@ class World:
         self.answers: Counter[int] = Counter()  # status codes of POSTs
         self.workers: list[subprocess.Popen[bytes]] = []
         self.kills = 0
+        self.killed: dict[int, float] = {}  # pid → wall-clock seconds
 
     def close(self) -> None:
         """Stop everything."""
@@ -79,9 +88,26 @@ class World:
         """Kill -9."""
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
+            self.killed[process.pid] = time.time()
             process.wait()
             self.kills += 1
         self.workers.remove(process)
+
+    def kill_all(self) -> None:
+        """Kill -9 the API, the workers and Valkey; what has been stored is all that is left."""
+        for process in self.stack.processes[1:]:  # the first is the provider, not ours to kill
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                self.kills += 1
+        self.workers.clear()
+        self.valkey.kill()  # does nothing when it is down
+        self.kills += 1
+
+    def start_api(self) -> None:
+        """Start the API anew, elsewhere; jobs are sent there from now on."""
+        self.stack.url = ""
+        self.stack.api()
 
     @contextmanager
     def every(self, seconds: float, what: Any) -> Iterator[None]:
@@ -136,14 +162,9 @@ class World:
             await asyncio.gather(*[one(client, number) for number in range(count)])
         return made
 
-    def memory_mb(self) -> float:
-        """What all API processes have in memory."""
-        status = [
-            Path(f"/proc/{process.pid}/status").read_text()
-            for process in self.stack.processes
-            if "api" in process.args  # type: ignore[operator]
-        ]
-        return sum(int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) for text in status) / 1024
+    def ledger(self) -> list[dict[str, Any]]:
+        """The provider's own record: a line at each call's start, and one at its end."""
+        return [json.loads(line) for line in self.stack.ledger.read_text().splitlines()]
 
     def states(self) -> dict[str, int]:
         """How many jobs are in each state."""
@@ -159,6 +180,17 @@ class World:
             time.sleep(0.25)
         time.sleep(1.0)  # zombies and late flushes may show themselves
         return time.monotonic() - started
+
+    def memory_mb(self, pid: int, what: str = "VmHWM") -> float:
+        """A process's memory as proc(5) calls it; by default the most it has held so far."""
+        status = Path(f"/proc/{pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith(what))
+        return int(line.split()[1]) / 1024
+
+    def limit_memory(self, process: subprocess.Popen[bytes], mb: float) -> None:
+        """From now on the system gives it no more address space than this."""
+        limit = int(mb) << 20
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
 
     def rows(self, statement: str) -> list[Any]:
         """Rows of a SELECT."""

@@ -29,6 +29,7 @@ and options joined by dashes, as in ``ok-t128-d20-f100`` or ``status-429-ra2``.
     json200              plain JSON whatever was asked       sse200    a stream whatever was asked
     status-S             HTTP S                              auth, billing, context, policy
     flaky-N-S            HTTP S for the first N calls of one prompt, then ok
+    until-T-S            HTTP S until that second of Unix time, then ok
     redirect             307 to /elsewhere                   drop      closes without an answer
     mute                 never answers                       html      a page with status 200
     empty                status 200 and nothing              errjson200  an error with status 200
@@ -220,6 +221,8 @@ class FakeProvider:
             self._seen[seen] += 1
             if self._seen[seen] <= script.number(0, 1):
                 status = script.number(1, 500)
+        if script.kind == "until" and time.time() < script.number(0, 0):
+            status = script.number(1, 500)
         if status or script.kind in WORDS:
             code, message = None, "as asked"
             if script.kind in WORDS:

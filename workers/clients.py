@@ -19,6 +19,7 @@ from backchannel.errors import ProviderKeyMissing
 from backchannel.registry import Provider
 from backchannel.settings import Settings
 from backchannel.vault import provider_key
+from workers.circuit import Circuit
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
@@ -53,6 +54,10 @@ class _Key(NamedTuple):
     base_url: str
 
 
+def _key(provider: Provider, secret: str) -> _Key:
+    return _Key(provider.id, hashlib.sha256(secret.encode()).hexdigest(), provider.base_url)
+
+
 @dataclass(slots=True)
 class _Entry:
     client: Client
@@ -72,6 +77,7 @@ class ClientCache:
         self._max_clients = max_clients
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
         self._retired: list[_Entry] = []
+        self._circuits: dict[_Key, Circuit] = {}
         self._imports: dict[str, asyncio.Task[None]] = {}
 
     def __len__(self) -> int:
@@ -107,6 +113,18 @@ class ClientCache:
             entry.users -= 1
             await self._close_unused()
 
+    def circuit(self, provider: Provider) -> Circuit:
+        """The circuit of a provider's endpoint; other keys and addresses have their own.
+
+        It outlives its client, which may be evicted while nobody calls, and needs no SDK.
+        """
+        key = _key(provider, provider_key(provider, self._settings) or NO_KEY)
+        if key not in self._circuits:
+            name = f"Provider '{provider.id}' at {provider.base_url}"
+            settings = self._settings
+            self._circuits[key] = Circuit(name, settings.circuit_failures, settings.circuit_open_s)
+        return self._circuits[key]
+
     async def _imported(self, sdk: str) -> None:
         """Import an SDK in a thread: 1-2 s and more, in which other streams and heartbeats go on.
 
@@ -122,6 +140,8 @@ class ClientCache:
         """Forget a provider's clients: its key or address changed. Running streams finish."""
         for key in [key for key in self._entries if key.provider_id == provider_id]:
             self._retire(key)
+        for key in [key for key in self._circuits if key.provider_id == provider_id]:
+            del self._circuits[key]
         await self._close_unused()
 
     async def aclose(self) -> None:
@@ -143,7 +163,7 @@ class ClientCache:
                 param="model",
             )
         secret = secret or NO_KEY
-        key = _Key(provider.id, hashlib.sha256(secret.encode()).hexdigest(), provider.base_url)
+        key = _key(provider, secret)
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = _Entry(_MAKE[provider.type](provider.base_url, secret))

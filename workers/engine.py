@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from backchannel import books, events, faults, lifecycle
 from backchannel.bus import Stream
 from backchannel.db import Work
-from backchannel.errors import BackchannelError, ProviderError, Unavailable
+from backchannel.errors import UNWELL, BackchannelError, ProviderError, Unavailable
 from backchannel.events import end_fields
 from backchannel.lifecycle import Claim
 from backchannel.pricing import Tokens, price
@@ -24,6 +24,7 @@ from backchannel.registry import Provider
 from backchannel.settings import Settings
 from backchannel.tables import CANCELLED, EXPIRED, FAILED, SUCCEEDED
 from workers.answer import Answer
+from workers.circuit import Circuit, Passage
 from workers.process import Process
 from workers.providers import ChatRequest, Finish, adapter_for
 
@@ -34,7 +35,9 @@ MAX_LAG_S = 0.2  # a loop this late takes no more jobs: overload would become co
 BACKOFF_BASE_S = 1.0
 MOST_TOKENS = 2**53  # what a provider reports beyond this, or below 0, is not a count
 
-Stop = Literal["lost", "cancelled", "handed_back", "stalled", "too_long", "expired"]
+End = Literal["lost", "cancelled", "handed_back", "expired"]
+Late = Literal["stalled", "too_long"]
+Stop = End | Late
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Run:
         self.provider: Provider | None = None
         self.called = False
         self.written = False  # its end is: from here on nobody can take the attempt away
+        self._circuit: Circuit | None = None
         self._stop: Stop | None = None
         self._calling: asyncio.Task[Finish] | None = None
         # monotonic; infinite until the call is made: a process's first call imports its SDK before
@@ -179,24 +183,27 @@ class Run:
         claim = self.claim
         self.provider = self.process.registry.get(claim.provider)
         if self._stop is not None:
-            raise _Stopped(self._stop)
-        self._fault("call.before_mark")
-        if not await self.process.persist(lambda c: lifecycle.mark_call(c, claim)):
-            raise _Stopped("lost")
-        self._fault("call.marked")
-        self.called = True
-        self._calling = asyncio.create_task(self._answer(self.provider), name=claim.job_id)
-        self._cancel_if_stopped()  # a stop that came while the call was put on record
-        try:
-            return await self._calling
-        except asyncio.CancelledError:
-            if self._stop is None:
-                raise
-            raise _Stopped(self._stop) from None
-        finally:
-            self._calling = None
+            raise _stopped(self._stop)
+        self._circuit = self.process.clients.circuit(self.provider)
+        with self._circuit.passage(claim.job_id) as passage:
+            self._fault("call.before_mark")
+            if not await self.process.persist(lambda c: lifecycle.mark_call(c, claim)):
+                raise _Stopped("lost")
+            self._fault("call.marked")
+            self.called = True
+            answering = self._answer(self.provider, passage)
+            self._calling = asyncio.create_task(answering, name=claim.job_id)
+            self._cancel_if_stopped()  # a stop that came while the call was put on record
+            try:
+                return await self._calling
+            except asyncio.CancelledError:
+                if self._stop is None:
+                    raise
+                raise _stopped(self._stop) from None
+            finally:
+                self._calling = None
 
-    async def _answer(self, provider: Provider) -> Finish:
+    async def _answer(self, provider: Provider, passage: Passage) -> Finish:
         claim, settings = self.claim, self.process.settings
         request = ChatRequest(
             provider=provider,
@@ -219,25 +226,42 @@ class Run:
             async for event in said:
                 self._heard = time.monotonic()
                 if type(event) is Finish:
+                    passage.well()
                     return event
                 take(event)
-                if faults.ARMED and self.answer.begun:
-                    self._fault("answer.first_delta")
+                if self.answer.begun:
+                    passage.well()
+                    if faults.ARMED:
+                        self._fault("answer.first_delta")
         raise ProviderError("The adapter ended without a finish.", code="truncated")
 
     async def _after_error(self, error: ProviderError) -> Report | None:
         claim = self.claim
-        log.info(
-            "A provider call failed.",
-            job=claim.job_id,
-            attempt=claim.attempt,
-            code=error.code,
-            error=error.message,
-        )
+        if self.called:
+            log.info(
+                "A provider call failed.",
+                job=claim.job_id,
+                attempt=claim.attempt,
+                code=error.code,
+                error=error.message,
+            )
+            circuit = self._circuit
+            if error.code in UNWELL and circuit and not circuit.blames(claim.job_id):
+                error.excuse(circuit.wait_s())
         left_s = self._expires - time.monotonic()
         delay_s = retry_delay_s(error, claim, self.process.settings, left_s)
         if delay_s is None:
             return await self._finish(FAILED, error_code=error.code, error_message=error.message)
+        assert self.stream is not None
+        self.stream.add(
+            events.RETRYING,
+            attempt=claim.attempt,
+            code=error.code,
+            message=error.message,
+            delay_ms=int(delay_s * 1000),
+        )
+        # sent before the job is free: the next attempt may begin at once, and fences this one off
+        await self.process.publisher.try_flush()
         spent = self._spent(complete=False)
         kept = await self._write(
             lambda c: lifecycle.retry_later(
@@ -250,18 +274,9 @@ class Run:
                 spent=spent,
             )
         )
-        if not kept or self.stream is None:
-            return None
-        self.stream.add(
-            events.RETRYING,
-            attempt=claim.attempt,
-            code=error.code,
-            message=error.message,
-            delay_ms=int(delay_s * 1000),
-        )
-        return self._report(f"retrying after {error.code}", spent)
+        return self._report(f"retrying after {error.code}", spent) if kept else None
 
-    async def _after_stop(self, reason: Stop) -> Report | None:
+    async def _after_stop(self, reason: End) -> Report | None:
         match reason:
             case "lost" | "handed_back":
                 spent = self._spent(complete=False)
@@ -272,11 +287,6 @@ class Run:
             case "expired":
                 return await self._finish(
                     EXPIRED, error_code="expired", error_message="The job's deadline passed."
-                )
-            case "stalled" | "too_long":
-                limit = "content" if reason == "stalled" else "end"
-                return await self._after_error(
-                    ProviderError(f"No {limit} within the deadline.", code="stalled")
                 )
 
     async def _finish(
@@ -376,11 +386,22 @@ class Run:
 
 
 class _Stopped(Exception):
-    """The provider call was ended by `Run.stop`."""
+    """The attempt was ended by `Run.stop`, and its provider is not to blame."""
 
-    def __init__(self, reason: Stop) -> None:
+    def __init__(self, reason: End) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def _stopped(reason: Stop) -> Exception:
+    """What ended a call: a provider that took too long is its error, the rest is our own doing."""
+    match reason:
+        case "stalled":
+            return ProviderError("No content within the deadline.", code="stalled")
+        case "too_long":
+            return ProviderError("No end within the deadline.", code="stalled")
+        case _:
+            return _Stopped(reason)
 
 
 def retry_delay_s(
@@ -394,6 +415,8 @@ def retry_delay_s(
     policy = error.policy
     if not policy.retryable:
         return None
+    if error.code == "circuit_open":
+        return error.retry_after_s  # nothing failed: also past the deadline, where the job expires
     if policy.burns_attempt and claim.retries >= settings.max_retries:
         return None
     steps = claim.retries if policy.burns_attempt else claim.attempt - 1

@@ -61,12 +61,18 @@ class Stack:
             **QUICK,
             **settings,
         }
-        fake = self._spawn("fake", "tests.fake_provider", "--ledger", str(self.ledger), pipe=True)
-        assert fake.stdout is not None
-        url = json.loads(fake.stdout.readline())["url"]
+        url = self.fake()
         self.env["BACKCHANNEL_PROVIDERS__OPENAI__BASE_URL"] = f"{url}/v1"
         self.env["BACKCHANNEL_PROVIDERS__ANTHROPIC__BASE_URL"] = url
         self.url = ""
+
+    def fake(self, port: str = "0") -> str:
+        """Start a fake provider, on a port of its own choice if none is given; returns its URL."""
+        argv = ("--ledger", str(self.ledger), "--port", port)
+        fake = self._spawn("fake", "tests.fake_provider", *argv, pipe=True)
+        assert fake.stdout is not None
+        url: str = json.loads(fake.stdout.readline())["url"]
+        return url
 
     def _spawn(self, name: str, *argv: str, pipe: bool = False) -> subprocess.Popen[bytes]:
         with (self.home / f"{name}-{len(self.processes)}.log").open("wb") as log:

@@ -162,6 +162,17 @@ async def test_an_attempt_after_a_failed_one_resets_and_continues_the_numbers(
     assert [row.billable for row in bench.usage(job_id)] == [0, 1]
 
 
+async def test_readers_hear_of_a_retry_before_it_begins(
+    bench: Bench, new_process: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "FLUSH_MS", 60_000)  # as on a loop that is late
+    process = new_process()
+    job_id = bench.accept("openai:flaky-1-500", prompt="at once")
+    await driven(bench, process, job_id, "succeeded")
+    kinds = [event.type for event in bench.log(job_id)]
+    assert kinds == ["started", "retrying", "reset", "delta", "end"]
+
+
 async def test_a_job_fails_when_its_retries_are_used_up(bench: Bench, process: Process) -> None:
     job_id = bench.accept("openai:status-500")
     await driven(bench, process, job_id, "failed")
@@ -343,4 +354,5 @@ def test_the_wait_before_a_retry(code: str) -> None:
         assert delay is not None
         assert 7.0 <= delay <= 60.0, "never under the provider's Retry-After"
     late = ProviderError("x", code=code, retry_after_s=101.0)
-    assert retry_delay_s(late, claim, settings, 100.0) is None, "never past the deadline"
+    kept = 101.0 if code == "circuit_open" else None
+    assert retry_delay_s(late, claim, settings, 100.0) == kept, "past the deadline only uncalled"
