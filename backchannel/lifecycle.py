@@ -410,12 +410,27 @@ class Lapsed(NamedTuple):
 
     job_id: str
     attempt: int
-    crashes: int
+    crashes: int  # with this one, if it counts
     age_ms: int
 
 
+# Who died before its provider call was on record was hardly killed by the job: a worker that has
+# just started takes many and imports the SDK first. That this goes on for ever it does count.
+MOST_UNCALLED = 10
+_counts = case(
+    (
+        exists().where(
+            attempts.c.job_id == jobs.c.id,
+            attempts.c.attempt == jobs.c.attempt,
+            attempts.c.provider_call_ms.is_not(None),
+        ),
+        1,
+    ),
+    (jobs.c.attempt >= MOST_UNCALLED, 1),
+    else_=0,
+)
 _LAPSED = (
-    select(jobs.c.id, jobs.c.attempt, jobs.c.crashes, NOW - jobs.c.created_ms)
+    select(jobs.c.id, jobs.c.attempt, jobs.c.crashes + _counts, NOW - jobs.c.created_ms)
     .where(state_is(RUNNING), jobs.c.lease_ms < NOW)
     .limit(1000)
 )
@@ -428,7 +443,7 @@ def lapsed(connection: Connection) -> list[Lapsed]:
 
 def _reaped(statement: Update) -> Update:
     return statement.where(jobs.c.attempt == bindparam("by_attempt"), jobs.c.lease_ms < NOW).values(
-        crashes=jobs.c.crashes + 1
+        crashes=jobs.c.crashes + _counts
     )
 
 

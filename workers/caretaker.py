@@ -55,7 +55,7 @@ async def _expire_forever(process: Process) -> None:
 async def reap(process: Process) -> None:
     """Put jobs of dead workers back at the head of the line, or fail the ones that kill workers."""
     for job in await process.db.write(lifecycle.lapsed):
-        if job.crashes + 1 < process.settings.max_crashes:
+        if job.crashes < process.settings.max_crashes:
             if await process.db.write(
                 partial(lifecycle.reap, job_id=job.job_id, attempt=job.attempt)
             ):
@@ -65,7 +65,7 @@ async def reap(process: Process) -> None:
                     attempt=job.attempt,
                 )
             continue
-        why = f"{job.crashes + 1} workers died while running this job."
+        why = f"{job.crashes} workers died while running this job."
         end = end_fields(FAILED, error_code="poison", error_message=why)
         closed, outcome = await _close(process, job.job_id, job.attempt, job.age_ms, end)
         poison = partial(

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from dataclasses import astuple, dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -179,31 +179,36 @@ class Run:
         return await self._finish(SUCCEEDED, finish_reason=finish.reason)
 
     async def _call(self) -> Finish:
-        """Put the call on record, make it, and take its events as they come."""
-        claim = self.claim
-        self.provider = self.process.registry.get(claim.provider)
+        """Get the client, put the call on record, make it, and take its events as they come."""
+        clients = self.process.clients
+        self.provider = provider = self.process.registry.get(self.claim.provider)
+        self._circuit = clients.circuit(provider)
+        with self._circuit.passage(self.claim.job_id) as passage:
+            # before the record: a process's first client imports its SDK, 1-2 s without a call
+            async with clients.use(provider) as client:
+                await self._put_on_record()
+                answering = self._answer(client, provider, passage)
+                self._calling = asyncio.create_task(answering, name=self.claim.job_id)
+                self._cancel_if_stopped()  # a stop that came while the call was put on record
+                try:
+                    return await self._calling
+                except asyncio.CancelledError:
+                    if self._stop is None:
+                        raise
+                    raise _stopped(self._stop) from None
+                finally:
+                    self._calling = None
+
+    async def _put_on_record(self) -> None:
         if self._stop is not None:
             raise _stopped(self._stop)
-        self._circuit = self.process.clients.circuit(self.provider)
-        with self._circuit.passage(claim.job_id) as passage:
-            self._fault("call.before_mark")
-            if not await self.process.persist(lambda c: lifecycle.mark_call(c, claim)):
-                raise _Stopped("lost")
-            self._fault("call.marked")
-            self.called = True
-            answering = self._answer(self.provider, passage)
-            self._calling = asyncio.create_task(answering, name=claim.job_id)
-            self._cancel_if_stopped()  # a stop that came while the call was put on record
-            try:
-                return await self._calling
-            except asyncio.CancelledError:
-                if self._stop is None:
-                    raise
-                raise _stopped(self._stop) from None
-            finally:
-                self._calling = None
+        self._fault("call.before_mark")
+        if not await self.process.persist(lambda c: lifecycle.mark_call(c, self.claim)):
+            raise _Stopped("lost")
+        self._fault("call.marked")
+        self.called = True
 
-    async def _answer(self, provider: Provider, passage: Passage) -> Finish:
+    async def _answer(self, client: Any, provider: Provider, passage: Passage) -> Finish:
         claim, settings = self.claim, self.process.settings
         request = ChatRequest(
             provider=provider,
@@ -218,10 +223,7 @@ class Run:
         )
         chat = adapter_for(provider)
         take = self.answer.taker(self.stream if claim.stream else None)
-        async with (
-            self.process.clients.use(provider) as client,
-            contextlib.aclosing(chat(client, request)) as said,  # type: ignore[type-var]
-        ):
+        async with contextlib.aclosing(chat(client, request)) as said:  # type: ignore[type-var]
             self._asked = self._heard = time.monotonic()
             async for event in said:
                 self._heard = time.monotonic()

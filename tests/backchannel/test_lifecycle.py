@@ -449,10 +449,12 @@ def test_a_reaped_job_goes_to_the_head_of_the_line(called: bool, database: Datab
     (calling if called else claimed)(database, job_id)
     change(database, job_id, run_ms=ago(database, 100))
     lapse(database, job_id)
-    assert [each[:3] for each in database.read_now(lifecycle.lapsed)] == [(job_id, 1, 0)]
+    # who had not called yet can hardly have been killed by the job
+    assert [each[:3] for each in database.read_now(lifecycle.lapsed)] == [(job_id, 1, int(called))]
     assert database.write_now(lambda c: lifecycle.reap(c, job_id, 1))
     job = row(database, job_id)
-    assert (job.state, job.attempt, job.crashes, job.retries, job.rank) == (QUEUED, 1, 1, 0, 0)
+    assert (job.state, job.attempt, job.crashes) == (QUEUED, 1, int(called))
+    assert (job.retries, job.rank) == (0, 0)
     assert (job.owner, job.lease_ms, job.rung_ms) == (None, None, None)
     assert rows(database, "attempts")[0]["outcome"] == "reaped"
     usage = [(bool(each["billable"]), each["source"]) for each in rows(database, "usage")]
@@ -482,6 +484,17 @@ def test_a_job_is_not_reaped_when_it_is(why: str, database: Database) -> None:
     )
 
 
+def test_crashes_before_the_call_count_once_there_are_too_many(database: Database) -> None:
+    job_id = queued(database)
+    found = []
+    for attempt in range(1, lifecycle.MOST_UNCALLED + 3):
+        claimed(database, job_id)
+        lapse(database, job_id)
+        found += [each.crashes for each in database.read_now(lifecycle.lapsed)]
+        assert database.write_now(lambda c, attempt=attempt: lifecycle.reap(c, job_id, attempt))
+    assert found == [0] * (lifecycle.MOST_UNCALLED - 1) + [1, 2, 3]
+
+
 def test_a_job_that_takes_its_workers_with_it_fails_as_poison(database: Database) -> None:
     job_id = queued(database)
     for crash in (1, 2):
@@ -490,7 +503,7 @@ def test_a_job_that_takes_its_workers_with_it_fails_as_poison(database: Database
         assert database.write_now(lambda c, crash=crash: lifecycle.reap(c, job_id, crash))
     calling(database, job_id)
     lapse(database, job_id)
-    assert [each[:3] for each in database.read_now(lifecycle.lapsed)] == [(job_id, 3, 2)]
+    assert [each[:3] for each in database.read_now(lifecycle.lapsed)] == [(job_id, 3, 3)]
     poison = outcome(FAILED, error_code="poison", spent=None)
     assert database.write_now(lambda c: lifecycle.reap_poison(c, job_id, 3, poison))
     job = row(database, job_id)

@@ -51,7 +51,8 @@ async def test_a_job_that_kills_workers_fails_as_poison_and_its_stream_ends(
     job_id = bench.accept()
     for _ in range(3):
         bench.database.write_now(lambda c: c.exec_driver_sql("UPDATE jobs SET run_ms = 1"))
-        claimed(bench, job_id)
+        claim = claimed(bench, job_id)
+        bench.database.write_now(lambda c, claim=claim: lifecycle.mark_call(c, claim))
         lapse(bench)
         process.submit(caretaker.reap(process)).result(timeout=10)
     job = bench.job(job_id)
