@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 UV := .bootstrap/bin/uv
 PACKAGES := api workers backchannel
-LOCKS := requirements.txt requirements-dev.txt requirements-bootstrap.txt
+LOCKS := requirements.txt requirements-dev.txt requirements-bench.txt requirements-bootstrap.txt
 
 # The project itself goes in second, without network: hash mode refuses `-e .`.
 define sync
@@ -14,7 +14,7 @@ PYTHONPATH=.bootstrap $(UV) pip install --quiet --offline --no-deps --no-build-i
 	--python .venv --editable .
 endef
 
-.PHONY: help install run up test check chaos format docs lock clean
+.PHONY: help install run up test check chaos bench format docs lock clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -36,6 +36,9 @@ test: .venv/.dev ## Run the tests: make test ARGS="-k stream -n 0"
 chaos: .venv/.dev ## Break it on purpose and count what was promised: make chaos PROFILE=full
 	$(BIN)/python -m chaos --profile $(or $(PROFILE),quick) $(ARGS)
 
+bench: .venv/.bench ## Measure it beside a bare loop and the usual designs: make bench QUICK=1
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
+
 check: .venv/.dev ## Format, lint, types, import arrows, unused dependencies, lock files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -54,6 +57,7 @@ docs: .venv/.runtime ## Write docs/settings.md anew from the settings
 lock: .bootstrap/.done ## Write the lock files anew from pyproject.toml: make lock ARGS=--upgrade
 	$(call compile,requirements.txt,pyproject.toml)
 	$(call compile,requirements-dev.txt,pyproject.toml --group dev)
+	$(call compile,requirements-bench.txt,pyproject.toml --group dev --group bench)
 	$(call compile,requirements-bootstrap.txt,--group bootstrap)
 
 define compile
@@ -62,7 +66,7 @@ endef
 
 clean: ## Remove environments and caches; your jobs in .backchannel stay
 	rm -rf .venv .bootstrap dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find $(PACKAGES) tests chaos benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A plain Debian has no venv module and lets pip write into a --target only: uv does the rest.
 .bootstrap/.done: requirements-bootstrap.txt
@@ -77,13 +81,21 @@ clean: ## Remove environments and caches; your jobs in .backchannel stay
 	@$(UV) venv --quiet --clear --no-project --python "$$(command -v $(PYTHON))" .venv
 	@touch $@
 
-# The development lock holds everything of the runtime lock: once it is in, it stays in.
+# The benchmarks' lock holds everything of the development lock, and that one everything of the
+# runtime lock: once a larger one is in, it stays in.
+largest = $(firstword $(foreach kind,bench dev,$(if $(wildcard .venv/.$(kind)),requirements-$(kind).txt)) $(1))
+
 .venv/.runtime: .venv/.made requirements.txt pyproject.toml
 	@echo 'Installing Backchannel into .venv'
-	@$(call sync,$(if $(wildcard .venv/.dev),requirements-dev.txt,requirements.txt))
+	@$(call sync,$(call largest,requirements.txt))
 	@touch $@
 
 .venv/.dev: .venv/.made requirements-dev.txt pyproject.toml
 	@echo 'Installing Backchannel and its development tools into .venv'
-	@$(call sync,requirements-dev.txt)
+	@$(call sync,$(call largest,requirements-dev.txt))
 	@touch .venv/.runtime $@
+
+.venv/.bench: .venv/.made requirements-bench.txt pyproject.toml
+	@echo 'Installing Backchannel and what it is compared with into .venv'
+	@$(call sync,requirements-bench.txt)
+	@touch .venv/.runtime .venv/.dev $@

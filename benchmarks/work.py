@@ -1,0 +1,96 @@
+"""What is asked of a contender: how many answers of how many tokens, at what pace.
+
+The pace travels to the provider as the model's name, ``t128-f100-d20``: 128 tokens, the first after
+100 ms, 20 ms between two. An ``s`` behind it stamps every token with its time, not only the first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+# What the provider puts into a token: when it was sent, on the clock that all processes of a
+# machine share (CLOCK_MONOTONIC), and how long the provider itself took to the first token.
+STAMP = re.compile(rb"@(\d+)\+(\d+) ")
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How one answer comes."""
+
+    tokens: int
+    first_ms: int = 0
+    each_ms: int = 0
+    stamped: bool = False
+
+    @property
+    def model(self) -> str:
+        """As the provider reads it."""
+        return f"t{self.tokens}-f{self.first_ms}-d{self.each_ms}{'-s' if self.stamped else ''}"
+
+    @property
+    def paced(self) -> bool:
+        """Whether any time passes."""
+        return bool(self.first_ms or self.each_ms)
+
+
+@lru_cache
+def pace_of(model: str) -> Pace:
+    """The pace that a model's name asks for."""
+    numbers = {word[0]: word[1:] for word in model.split("-")}
+    return Pace(int(numbers["t"]), int(numbers["f"]), int(numbers["d"]), "s" in numbers)
+
+
+def stamp(sent_ns: int, own_ns: int) -> bytes:
+    """The mark inside a token."""
+    return b"@%d+%d " % (sent_ns, own_ns)
+
+
+def unstamp(text: str | bytes) -> tuple[int, int] | None:
+    """When the token was sent and the provider's own part of the wait, in ns; None: no mark."""
+    found = STAMP.search(text.encode() if isinstance(text, str) else text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One measured piece of work.
+
+    Attributes:
+        jobs: Answers in all.
+        concurrency: Answers in flight at most.
+        spread_s: The jobs are asked for evenly over this long, not all in one instant.
+    """
+
+    pace: Pace
+    jobs: int
+    concurrency: int
+    spread_s: float = 0.0
+    dialect: str = "openai"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all."""
+        return self.jobs * self.pace.tokens
+
+    @property
+    def name(self) -> str:
+        """In a word, for the table."""
+        how = "paced" if self.pace.paced else "unpaced"
+        other = "" if self.dialect == "openai" else f", {self.dialect}"
+        tokens = f"{self.pace.tokens} token{'s' * (self.pace.tokens > 1)}"
+        return f"{self.concurrency:,} streams, {tokens} {how}{other}"
+
+
+REALISTIC = Pace(128, first_ms=100, each_ms=20)
+AT_ONCE = Pace(128)
+SHORT = Pace(1)
+WARM_UP = Work(Pace(1, first_ms=200), 50, 50)  # long enough that each process of a pool gets one
+PATIENCE_S = 600.0  # of the SDKs, to connect too: a drowned loop must finish, not fail
+STARTS_PER_S = 500  # of realistic work: a thousand users do not press Enter in the same instant
+
+
+def realistic(streams: int, dialect: str = "openai") -> Work:
+    """One wave of streams."""
+    return Work(REALISTIC, streams, streams, streams / STARTS_PER_S, dialect)
