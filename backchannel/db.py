@@ -7,7 +7,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -115,6 +115,58 @@ def _connect_limited(_dialect: Any, _record: Any, args: Any, named: Any) -> Any:
     return LimitedConnection.connect(*args, **{**LIMITS, **named})
 
 
+class _Awaited:
+    """The future of a coroutine: settled on its loop, with all others of its group in one call."""
+
+    __slots__ = ("_error", "_future", "_result", "loop")
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[Any] = self.loop.create_future()
+        self._error: BaseException | None = None
+        self._result: Any = None
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._future.__await__()
+
+    def set_running_or_notify_cancel(self) -> bool:
+        return not self._future.cancelled()
+
+    def set_result(self, result: Any) -> None:
+        self._result = result
+
+    def set_exception(self, error: BaseException) -> None:
+        self._error = error
+
+    def settle(self) -> None:
+        """On the loop; who went away meanwhile is not told."""
+        if self._future.done():
+            return
+        if self._error is not None:
+            self._future.set_exception(self._error)
+        else:
+            self._future.set_result(self._result)
+
+
+_Reply = Future[Any] | _Awaited
+
+
+def _settle(replies: Sequence[_Reply]) -> None:
+    """Wake each loop once: a wake-up per row cost more than the row."""
+    awaited: dict[asyncio.AbstractEventLoop, list[_Awaited]] = {}
+    for reply in replies:
+        if isinstance(reply, _Awaited):
+            awaited.setdefault(reply.loop, []).append(reply)
+    for loop, theirs in awaited.items():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_settle_all, theirs)
+
+
+def _settle_all(awaited: Sequence[_Awaited]) -> None:
+    for each in awaited:
+        each.settle()
+
+
 class Database:
     """One process's way to the database: reads on a few threads, all writes through one.
 
@@ -125,7 +177,7 @@ class Database:
     def __init__(self, url: str, *, name: str) -> None:
         self.engine = create(url, limited=True)
         self._readers = ThreadPoolExecutor(4, thread_name_prefix=f"{name}-db-reader")
-        self._queue: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Work[Any], _Reply] | None] = queue.SimpleQueue()
         self._closed = False
         self._writer = threading.Thread(
             target=self._write_forever, name=f"{name}-db-writer", daemon=True
@@ -140,16 +192,23 @@ class Database:
         """
         with _patience():
             async with asyncio.timeout(PATIENCE_S):
-                return await asyncio.wrap_future(self.submit(work))
+                reply = _Awaited()
+                self._put(work, reply)
+                result: T = await reply
+                return result
 
     def submit(self, work: Work[T]) -> Future[T]:
         """`write` for threads: the future completes once the work is durable."""
         future: Future[T] = Future()
-        if self._closed:
-            future.set_exception(_closed())
-        else:
-            self._queue.put((work, future))
+        self._put(work, future)
         return future
+
+    def _put(self, work: Work[Any], reply: _Reply) -> None:
+        if self._closed:
+            reply.set_exception(_closed())
+            _settle([reply])
+        else:
+            self._queue.put((work, reply))
 
     async def read(self, work: Work[T]) -> T:
         """Run a reading function on a reader thread.
@@ -183,6 +242,7 @@ class Database:
             while True:  # what slipped in behind the end
                 if (item := self._queue.get_nowait()) is not None:
                     item[1].set_exception(_closed())
+                    _settle([item[1]])
         self._readers.shutdown(cancel_futures=True)
         self.engine.dispose()
 
@@ -208,8 +268,9 @@ class Database:
             group = [each for each in group if each[1].set_running_or_notify_cancel()]
             if group:
                 self._commit(group)
+                _settle([reply for _, reply in group])
 
-    def _commit(self, group: Sequence[tuple[Work[Any], Future[Any]]], tries: int = 5) -> bool:
+    def _commit(self, group: Sequence[tuple[Work[Any], _Reply]], tries: int = 5) -> bool:
         """Write a group; tells whether its transaction waited for a lock in vain."""
         try:
             with self.engine.begin() as connection:
@@ -228,7 +289,7 @@ class Database:
             future.set_result(result)
         return False
 
-    def _commit_each(self, group: Sequence[tuple[Work[Any], Future[Any]]], tries: int) -> None:
+    def _commit_each(self, group: Sequence[tuple[Work[Any], _Reply]], tries: int) -> None:
         held_up = 0
         for each in group:
             if held_up < 2:

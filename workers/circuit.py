@@ -128,5 +128,4 @@ class Passage:
 
     def well(self) -> None:
         """The endpoint has answered."""
-        if not self.answered:
-            self._circuit.well(self)
+        self._circuit.well(self)

@@ -7,10 +7,11 @@ import contextlib
 import math
 import random
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import structlog
+from msgspec.structs import astuple
 from sqlalchemy.exc import SQLAlchemyError
 
 from backchannel import books, events, faults, lifecycle
@@ -32,6 +33,9 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 MAX_LAG_S = 0.2  # a loop this late takes no more jobs: overload would become connect timeouts
+# Jobs that wait in their slots for the last chance, so that one follows the other at once: whoever
+# is turned away is rung for again after 5 s.
+MAX_HOPING = 4
 BACKOFF_BASE_S = 1.0
 MOST_TOKENS = 2**53  # what a provider reports beyond this, or below 0, is not a count
 
@@ -59,9 +63,13 @@ async def run(process: Process, job_id: str) -> Report | None:
     """Run one job's next attempt to its end; None means there was nothing to do."""
     last = max(process.settings.max_crashes - 1, 1)
     report, claimed = await _attempt(process, job_id, crashes_below=last)
-    if not claimed and not process.last_chance.locked():
-        async with process.last_chance:
-            report, _ = await _attempt(process, job_id, crashes_below=last + 1)
+    if not claimed and process.hoping < MAX_HOPING:
+        process.hoping += 1
+        try:
+            async with process.last_chance:
+                report, _ = await _attempt(process, job_id, crashes_below=last + 1)
+        finally:
+            process.hoping -= 1
     return report
 
 
@@ -231,10 +239,10 @@ class Run:
                     passage.well()
                     return event
                 take(event)
-                if self.answer.begun:
+                if self.answer.begun and not passage.answered:
                     passage.well()
-                    if faults.ARMED:
-                        self._fault("answer.first_delta")
+                if faults.ARMED and self.answer.begun:
+                    self._fault("answer.first_delta")
         raise ProviderError("The adapter ended without a finish.", code="truncated")
 
     async def _after_error(self, error: ProviderError) -> Report | None:

@@ -50,6 +50,7 @@ class Process:
         # held by the one job on its last chance that may run here: if it kills this process too,
         # it takes no other such job with it
         self.last_chance = asyncio.Lock()
+        self.hoping = 0  # who runs under it or waits for it
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._live, name="engine-loop", daemon=True)
 
@@ -130,6 +131,8 @@ class Process:
 
     async def persist(self, work: Work[T]) -> T:
         """Write, and if the database is away try again for as long as our leases may live."""
+        with contextlib.suppress(Unavailable):
+            return await self.db.write(work)
         async for attempt in stamina.retry_context(
             on=Unavailable, attempts=None, timeout=self.settings.fence_s, wait_max=2.0
         ):

@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
+import msgspec
+
 from backchannel.registry import Provider
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
@@ -42,22 +44,19 @@ class ChatRequest:
     answer_cap: int
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """A piece of the answer's text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(msgspec.Struct, frozen=True, gc=False):
     """A piece of the model's visible reasoning."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(msgspec.Struct, frozen=True, gc=False):
     """A piece of a tool call, as in chat completions: id and name first, arguments in pieces."""
 
     index: int
@@ -66,8 +65,7 @@ class ToolCall:
     arguments: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one call, normalised by the adapter: for every provider ``input_tokens`` INCLUDES
     cached and cache-write tokens, and ``output_tokens`` includes reasoning tokens."""
 
@@ -78,8 +76,7 @@ class Usage:
     reasoning_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True, gc=False):
     """The provider's own end, seen."""
 
     reason: FinishReason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -162,34 +162,36 @@ class _Reading:
             return "content_filter"
         return FINISH.get(self.finish_reason or "stop", "stop")
 
-    def events(self, message: _Message) -> Iterator[ProviderEvent]:
+    def events(self, message: _Message) -> list[ProviderEvent]:
         """The events of a chunk, or of a whole plain answer."""
+        found: list[ProviderEvent] = []
         self.model = message.model or self.model
         for choice in message.choices or ():
             piece = choice.delta or choice.message
             if piece is not None and choice.index == 0:
-                for event in self._pieces(piece):
-                    self.content = True
-                    yield event
+                self._pieces(piece, found)
             if choice.finish_reason:
                 self.finish_reason = choice.finish_reason.lower()
+        if found:
+            self.content = True
         counts = message.usage or (message.x_groq and message.x_groq.usage)
         if counts and (usage := _usage(counts)) != self._usage:
             self._usage = usage
-            yield usage
+            found.append(usage)
+        return found
 
-    def _pieces(self, piece: _Piece) -> Iterator[ProviderEvent]:
+    def _pieces(self, piece: _Piece, found: list[ProviderEvent]) -> None:
         if reasoning := piece.reasoning or piece.reasoning_content:
-            yield Reasoning(reasoning)
+            found.append(Reasoning(reasoning))
         if piece.content:
-            yield Delta(piece.content)
+            found.append(Delta(piece.content))
         if piece.refusal:
             self._refused = True
-            yield Delta(piece.refusal)
+            found.append(Delta(piece.refusal))
         for call in piece.tool_calls or ():
             function = call.function or _Function()
             index = self._index(call) if call.index is None else call.index
-            yield ToolCall(index, call.id, function.name, function.arguments or "")
+            found.append(ToolCall(index, call.id, function.name, function.arguments or ""))
 
     def _index(self, call: _Call) -> int:
         """Some servers leave the index out: a new id is then a new call."""

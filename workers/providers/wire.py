@@ -8,7 +8,7 @@ Source of the framing: WHATWG HTML, "Server-sent events", with lines ended by LF
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -49,7 +49,8 @@ class Answer:
         self._until: float | None = None
         self._partial = False
         self._rest = bytearray()  # bytes after the last line end
-        self._data = bytearray()  # the current event's data lines
+        self._data: list[bytes] = []  # the current event's data lines
+        self._data_size = 0
 
     @property
     def whole(self) -> bool:
@@ -67,9 +68,14 @@ class Answer:
         Raises:
             ProviderError: ``answer_too_large``.
         """
-        match event:
-            case Delta(text) | Reasoning(text) | ToolCall(arguments=text):
-                self._size += len(text.encode())
+        kind = type(event)
+        if kind is Delta or kind is Reasoning:
+            text = event.text  # type: ignore[union-attr]
+        elif kind is ToolCall:
+            text = event.arguments  # type: ignore[union-attr]
+        else:
+            return
+        self._size += len(text) if text.isascii() else len(text.encode())
         if self._size > self._answer_cap:
             raise self.error("answer_too_large", f"answered more than {self._answer_cap} bytes")
 
@@ -109,69 +115,87 @@ class Answer:
         return failure(self._provider.id, code, what)
 
     async def _payloads(self) -> AsyncGenerator[bytes]:
-        head = b""
-        async with aclosing(self._chunks()) as chunks:
-            async for chunk in chunks:
-                head += chunk
-                if BOM.startswith(head) or not (start := head.removeprefix(BOM).lstrip()):
-                    self._check_line(len(head))
-                    continue
-                self.plain = start[:1] in (b"{", b"[")
-                if start[:1] == b"<":
-                    raise self.error("malformed", "answered with a page, not with a chat")
-                read = self._document(start, chunks) if self.plain else self._events(start, chunks)
-                async with aclosing(read) as payloads:
-                    async for payload in payloads:
-                        yield payload
-                return
-        raise self.error("truncated", "answered with an empty body")
-
-    async def drain(self) -> None:
-        """Read to the end of the body, so that the connection can be used again."""
-        self._until = asyncio.get_running_loop().time() + DRAIN_S
-        async for _ in self._chunks():
-            pass
-
-    async def _document(self, start: bytes, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-        document = bytearray(start)
-        async for chunk in chunks:
-            document += chunk
-            if len(document) > self._answer_cap:
-                break
-        if len(document) > self._answer_cap:
-            raise self.error("answer_too_large", f"answered more than {self._answer_cap} bytes")
-        yield bytes(document)
-
-    async def _events(self, start: bytes, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+        # One generator, not one for each layer: every hop costs every token of every stream.
+        start = await self._start()
+        if self.plain:
+            yield await self._document(start)
+            return
         for payload in self._feed(start):
             yield payload
-        async for chunk in chunks:
-            for payload in self._feed(chunk):
+        if not self.whole:
+            async for chunk in self._body:
+                for payload in self._feed(chunk):
+                    yield payload
+                if self.whole:
+                    break
+        while (last := await self._chunk()) is not None:
+            for payload in self._feed(last):
                 yield payload
         # What is left was cut off, or is a last event without the blank line after it.
         self._partial = bool(self._rest)
         for payload in self._feed(b"\n\n"):
             yield payload
 
+    async def _start(self) -> bytes:
+        """The first bytes that are more than white space; they tell what the body is."""
+        head = b""
+        while (chunk := await self._chunk()) is not None:
+            head += chunk
+            if BOM.startswith(head) or not (start := head.removeprefix(BOM).lstrip()):
+                self._check_line(len(head))
+                continue
+            if start[:1] == b"<":
+                raise self.error("malformed", "answered with a page, not with a chat")
+            self.plain = start[:1] in (b"{", b"[")
+            return start
+        raise self.error("truncated", "answered with an empty body")
+
+    async def drain(self) -> None:
+        """Read to the end of the body, so that the connection can be used again."""
+        self._until = asyncio.get_running_loop().time() + DRAIN_S
+        while await self._chunk() is not None:
+            pass
+
+    async def _document(self, start: bytes) -> bytes:
+        document = bytearray(start)
+        while (chunk := await self._chunk()) is not None:
+            document += chunk
+            if len(document) > self._answer_cap:
+                raise self.error("answer_too_large", f"answered more than {self._answer_cap} bytes")
+        return bytes(document)
+
+    async def _chunk(self) -> bytes | None:
+        """The body's next bytes, None at its end; after the answer's own end not for long."""
+        async with asyncio.timeout_at(self._until):
+            return await anext(self._body, None)
+
     def _feed(self, chunk: bytes) -> Iterator[bytes]:
         """The events this chunk completes; at most a line and an event's data are kept."""
-        self._rest += chunk
-        if b"\n" not in chunk:
-            self._check_line(len(self._rest))
-            return
+        if self._rest or b"\n" not in chunk:
+            self._rest += chunk
+            if b"\n" not in chunk:
+                self._check_line(len(self._rest))
+                return
+            chunk = bytes(self._rest)
+            self._rest.clear()
         # bytes.split, not a text splitlines: that one also cuts at U+2028 inside JSON strings
-        *lines, rest = bytes(self._rest).split(b"\n")
-        self._rest[:] = rest
-        self._check_line(len(rest))
+        lines = chunk.split(b"\n")
+        if rest := lines.pop():
+            self._rest += rest
+            self._check_line(len(rest))
         for line in lines:
-            line = line.removesuffix(b"\r")
-            if line.startswith(b"data:"):
-                self._data += line[5:].removeprefix(b" ") + b"\n"
-                self._check_line(len(self._data))
+            if line[-1:] == b"\r":
+                line = line[:-1]
+            if line[:5] == b"data:":
+                data = line[6:] if line[5:6] == b" " else line[5:]
+                self._data.append(data)
+                self._data_size += len(data) + 1
+                self._check_line(self._data_size)
             elif not line:
                 if self._data:
-                    payload = bytes(self._data[:-1])
+                    payload = b"\n".join(self._data)
                     self._data.clear()
+                    self._data_size = 0
                     yield payload
             elif not self._known(line.partition(b":")[0]):
                 raise self.error("malformed", "sent a line that is no server-sent event")
@@ -185,14 +209,6 @@ class Answer:
     def _check_line(self, size: int) -> None:
         if size > self._line_cap:
             raise self.error("malformed", f"sent a line of more than {self._line_cap} bytes")
-
-    async def _chunks(self) -> AsyncGenerator[bytes]:
-        while True:
-            async with asyncio.timeout_at(self._until):
-                chunk = await anext(self._body, None)
-            if chunk is None:
-                return
-            yield chunk
 
 
 @asynccontextmanager
@@ -210,7 +226,7 @@ async def opened(
     """
     answer: Answer | None = None
     try:
-        async with call as response, aclosing(response.http_response.aiter_bytes()) as body:
+        async with call as response, aclosing(_body(response.http_response)) as body:
             answer = Answer(body, request)
             async with aclosing(answer.payloads):
                 yield answer
@@ -223,3 +239,10 @@ async def opened(
         if answer is None or not answer.whole:
             # not "from error": an SDK's exception carries the request, with prompt and key
             raise classified from None
+
+
+def _body(response: Any) -> AsyncGenerator[bytes]:
+    """The body's bytes; the two layers of `aiter_bytes` only where there is something to decode."""
+    encoded = "content-encoding" in response.headers
+    body: AsyncGenerator[bytes] = response.aiter_bytes() if encoded else aiter(response.stream)
+    return body
