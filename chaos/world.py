@@ -71,14 +71,19 @@ class World:
     # ------------------------------------------------------------ processes
 
     def worker(
-        self, jobs_in_flight: int = 50, fault: str = "", env: dict[str, str] | None = None
+        self,
+        jobs_in_flight: int = 50,
+        fault: str = "",
+        env: dict[str, str] | None = None,
+        *,
+        wait: bool = True,
     ) -> subprocess.Popen[bytes]:
         """Start a worker; with a fault point armed it will kill itself there."""
         before = dict(self.stack.env)
         self.stack.env |= {"BACKCHANNEL_FAULT": fault, **(env or {})}
         try:
             # an armed one may be dead before it is ready
-            process = self.stack.worker(jobs_in_flight, wait=not fault)
+            process = self.stack.worker(jobs_in_flight, wait=wait and not fault)
         finally:
             self.stack.env = before
         self.workers.append(process)

@@ -50,6 +50,7 @@ class Stack:
         self.valkey = valkey
         self.ledger = home / "ledger.jsonl"
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.worker_logs: dict[int, Path] = {}
         self.env = {
             **os.environ,
             "BACKCHANNEL_HOME": str(home),
@@ -102,9 +103,14 @@ class Stack:
         process = self._spawn(
             "worker", "backchannel", "worker", "--jobs-in-flight", str(jobs_in_flight)
         )
+        self.worker_logs[process.pid] = log
         if wait:
-            self._until(process, lambda: "The worker is ready." in log.read_text())
+            self._until(process, lambda: self.is_ready(process))
         return process
+
+    def is_ready(self, worker: subprocess.Popen[bytes]) -> bool:
+        """Whether a worker process takes jobs."""
+        return "The worker is ready." in self.worker_logs[worker.pid].read_text()
 
     def freeze(self, process: subprocess.Popen[bytes]) -> None:
         """SIGSTOP, but not in the middle of a SQLite commit.

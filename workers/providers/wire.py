@@ -122,14 +122,8 @@ class Answer:
             return
         for payload in self._feed(start):
             yield payload
-        if not self.whole:
-            async for chunk in self._body:
-                for payload in self._feed(chunk):
-                    yield payload
-                if self.whole:
-                    break
-        while (last := await self._chunk()) is not None:
-            for payload in self._feed(last):
+        while (chunk := await self._chunk()) is not None:
+            for payload in self._feed(chunk):
                 yield payload
         # What is left was cut off, or is a last event without the blank line after it.
         self._partial = bool(self._rest)
@@ -166,6 +160,8 @@ class Answer:
 
     async def _chunk(self) -> bytes | None:
         """The body's next bytes, None at its end; after the answer's own end not for long."""
+        if self._until is None:
+            return await anext(self._body, None)
         async with asyncio.timeout_at(self._until):
             return await anext(self._body, None)
 
