@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -55,14 +55,19 @@ async def create_job(
     asked: CreateJob, its: Shared, caller: Caller, response: Response, key: IdempotencyKey = None
 ) -> Job:
     """Accept a chat job; it is safe once this answers."""
-    return await submit(its, await _checked(its, caller, asked, key), response)
+    return await submit(its, await checked(its, caller, asked, asked.chat(), key), response)
 
 
-async def submit(its: Resources, new: NewJob, response: Response) -> Job:
-    """Commit a job, ring for it, and say where it is."""
+async def submit(
+    its: Resources,
+    new: NewJob,
+    response: Response,
+    enter: Callable[[Connection, NewJob], Accepted] = accept,
+) -> Job:
+    """Commit a job, ring for it, and say where it is; `enter` may do more in its transaction."""
 
     def write(connection: Connection) -> tuple[Accepted, Job]:
-        accepted = accept(connection, new)
+        accepted = enter(connection, new)
         return accepted, _read(connection, new.caller, accepted.job_id)
 
     accepted, job = await its.db.write(write)
@@ -73,9 +78,23 @@ async def submit(its: Resources, new: NewJob, response: Response) -> Job:
     return job
 
 
-async def _checked(its: Resources, caller: str, asked: CreateJob, key: str | None) -> NewJob:
-    """What was asked, with nothing left that could turn out wrong after accept."""
-    messages = asked.chat()
+async def checked(
+    its: Resources,
+    caller: str,
+    asked: CreateJob,
+    messages: list[dict[str, Any]],
+    key: str | None,
+    *,
+    face: tuple[str, dict[str, Any]] | None = None,
+    keep: bool = False,
+) -> NewJob:
+    """What was asked, with nothing left that could turn out wrong after accept.
+
+    Args:
+        face: The kind of job and the request as it was sent, where another form was translated.
+        keep: Whether the job must be able to give that request back.
+    """
+    kind, sent = face or ("job", asked.model_dump(exclude_unset=True))
     model = asked.model
     if model is None and asked.session is not None:
         model = await _model_of_session(its, caller, asked.session)
@@ -93,9 +112,11 @@ async def _checked(its: Resources, caller: str, asked: CreateJob, key: str | Non
         instructions=asked.system,
         messages=messages,
         parameters=check_parameters(asked.parameters or {}, resolved.provider),
-        request_hash=_hash(asked.model_dump(exclude_unset=True)),
+        request_hash=_hash(sent if face is None else {kind: sent}),
         deadline_s=asked.deadline_s or longest,
         stream=asked.stream,
+        kind=kind,
+        asked=sent if keep else None,
         idempotency_key=key,
         session_id=asked.session,
         meta=asked.metadata or {},
@@ -127,6 +148,8 @@ async def retry_job(
         raise _no_job(job_id)
     if row.state not in TERMINAL:
         raise Conflict(f"Job {job_id} is {row.state}: it has not finished.", code="not_finished")
+    if not row.messages:
+        raise Conflict(f"Job {job_id} was deleted: nobody knows what it asked.", code="deleted")
     resolved = its.registry.resolve(f"{row.provider}:{row.model}")
     new = NewJob(
         caller=caller,
@@ -212,7 +235,7 @@ async def get_job(
     """A job as it stands; with `wait`, as soon as it has finished."""
     job = await read_job(its, caller, job_id)
     if wait and job.state not in TERMINAL:
-        await _until_finished(its, job_id, wait)
+        await until_finished(its, job_id, wait)
         job = await read_job(its, caller, job_id)
     return job
 
@@ -237,15 +260,23 @@ def _no_job(job_id: str) -> NotFound:
     return NotFound(f"There is no job '{job_id}'.")
 
 
-async def _until_finished(its: Resources, job_id: str, wait_s: float) -> None:
-    """Return when the job has finished, the time is over, or this process stops."""
-    finished = asyncio.create_task(_finished(its, job_id), name=f"wait-for-{job_id}")
-    stopping = asyncio.create_task(its.stopping.wait(), name="wait-for-stop")
-    both = {finished, stopping}
+async def until_finished(
+    its: Resources,
+    job_id: str,
+    wait_s: float | None = None,
+    or_until: Coroutine[Any, Any, Any] | None = None,
+) -> None:
+    """Return when the job has finished, the time is over, this process stops, or `or_until` is."""
+    tasks = {
+        asyncio.create_task(_finished(its, job_id), name=f"wait-for-{job_id}"),
+        asyncio.create_task(its.stopping.wait(), name="wait-for-stop"),
+    }
+    if or_until is not None:
+        tasks.add(asyncio.create_task(or_until, name=f"wait-beside-{job_id}"))
     try:
-        await asyncio.wait(both, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in both:
+        for task in tasks:
             await end(task)
 
 
@@ -273,12 +304,17 @@ def _ends(message: bytes) -> bool:
 @router.post("/{job_id}/cancel")
 async def cancel_job(job_id: str, its: Shared, caller: Caller, afterwards: BackgroundTasks) -> Job:
     """Cancel: a queued job at once, a running one within moments; a finished one stays as it is."""
+    await cancel(its, caller, job_id, afterwards)
+    return await read_job(its, caller, job_id)
+
+
+async def cancel(its: Resources, caller: str, job_id: str, afterwards: BackgroundTasks) -> None:
+    """Put a cancel on record, and let workers and readers know."""
     asked = await its.db.write(lambda c: request_cancel(c, job_id, caller))
     if asked is not None and asked.state == QUEUED:
         await _cancel_queued(its, job_id, asked, afterwards)
     elif asked is not None:
         afterwards.add_task(bus.hint_cancel, its.redis, its.prefix, job_id)
-    return await read_job(its, caller, job_id)
 
 
 async def _cancel_queued(
@@ -302,7 +338,9 @@ async def _cancel_queued(
 # ---------------------------------------------------------------- events
 
 
-class _Ping(ServerSentEvent):
+class Ping(ServerSentEvent):
+    """What keeps a quiet stream open."""
+
     def encode(self) -> bytes:
         # without the blank line: after an `id:` line that would be an empty event to OpenAI's SDK
         return b": ping\n"
@@ -321,19 +359,27 @@ async def stream_events(
     if last_event_id is not None:  # a browser that reconnects repeats the old query beside it
         after = last_event_id
     return EventSourceResponse(
-        _frames(its, job_id, after), sep="\n", ping=PING_S, ping_message_factory=_Ping
+        _frames(its, job_id, after), sep="\n", ping=PING_S, ping_message_factory=Ping
     )
 
 
 async def _frames(its: Resources, job_id: str, after: int) -> AsyncIterator[bytes]:
-    async def stored(job_id: str) -> list[Event] | None:
-        return await _stored_log(its, job_id)
-
-    async for event in bus.follow(its.redis, its.prefix, its.listener, stored, job_id, after):
+    async for event in follow(its, job_id, after):
         yield b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.type.encode(), event.data)
 
 
-async def _stored_log(its: Resources, job_id: str) -> list[Event] | None:
+def follow(its: Resources, job_id: str, after: int = -1) -> AsyncIterator[Event]:
+    """A job's events numbered above `after`, past and live, up to its end."""
+
+    async def stored(job_id: str) -> list[Event] | None:
+        return await stored_log(its, job_id)
+
+    return bus.follow(its.redis, its.prefix, its.listener, stored, job_id, after)
+
+
+async def stored_log(its: Resources, job_id: str) -> list[Event] | None:
+    """The whole stream of a finished job; None: it runs, or the database does not answer."""
+
     def read(connection: Connection) -> list[Event] | None:
         packed = connection.execute(_LOG, {"job": job_id}).scalar()
         return None if packed is None else unpack_log(packed)

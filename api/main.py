@@ -15,11 +15,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from api import health, jobs, providers, sessions, usage
+from api import chat, health, jobs, messages, models, providers, responses, sessions, usage
 from api.deps import open_resources
+from api.message_events import error_body
 from backchannel import __version__
 from backchannel.db import migrate
-from backchannel.errors import BackchannelError, InvalidRequest, NotFound, SetupError, Unavailable
+from backchannel.errors import BackchannelError, InvalidRequest, NotFound, SetupError
 from backchannel.schemas import place_of
 from backchannel.settings import Settings, get_settings
 
@@ -37,7 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     app = FastAPI(title="Backchannel", version=__version__, lifespan=lifespan)
-    for module in (jobs, sessions, usage, providers, health):
+    for module in (jobs, sessions, chat, responses, messages, models, usage, providers, health):
         app.include_router(module.router)
     app.add_exception_handler(BackchannelError, _refused)
     app.add_exception_handler(RequestValidationError, _not_valid)
@@ -49,10 +50,15 @@ def create_app(settings: Settings) -> FastAPI:
 # ---------------------------------------------------------------- errors
 
 
-async def _refused(_request: Request, error: Exception) -> JSONResponse:
+async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, BackchannelError)
-    headers = {"Retry-After": "1"} if isinstance(error, Unavailable) else None
-    return JSONResponse(error.body(), error.status, headers=headers)
+    return JSONResponse(_form(request, error), error.status, headers=error.headers)
+
+
+def _form(request: Request, error: BackchannelError) -> dict[str, Any]:
+    """OpenAI's form, or where its clients ask, Anthropic's."""
+    theirs = request.url.path.startswith(messages.router.prefix)
+    return error_body(error) if theirs else error.body()
 
 
 async def _not_valid(request: Request, error: Exception) -> JSONResponse:
@@ -97,13 +103,13 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         named = InvalidRequest(
             f"{request.url.path} does not take {request.method}.", code="method_not_allowed"
         )
-    return JSONResponse(named.body(), error.status_code, headers=error.headers)
+    return JSONResponse(_form(request, named), error.status_code, headers=error.headers)
 
 
-async def _unhandled(_request: Request, _error: Exception) -> JSONResponse:
+async def _unhandled(request: Request, _error: Exception) -> JSONResponse:
     # the traceback goes to the log, from the server
     error = BackchannelError("Something went wrong inside Backchannel; its log says what.")
-    return JSONResponse(error.body(), error.status)
+    return JSONResponse(_form(request, error), error.status)
 
 
 # ---------------------------------------------------------------- serving

@@ -9,6 +9,7 @@ BackchannelError
 ├── Conflict                  409  the state of things does not allow it
 ├── TooLarge                  413  over a documented cap
 ├── Unavailable               503  a server we need does not answer; try again
+├── JobFailed                 …    a job that somebody waited for ended without an answer
 ├── SetupError                     the installation needs a person
 └── ProviderError             502  a provider's answer that is not an answer
 """
@@ -30,6 +31,8 @@ class BackchannelError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+        # the official SDKs heed it: without it they would repeat a 409 or a 5xx twice
+        self.headers = {} if self.retryable else {"x-should-retry": "false"}
         if code is not None:
             self.code = code
 
@@ -102,11 +105,56 @@ class Unavailable(BackchannelError):
     code = "unavailable"
     retryable = True
 
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message, code=code, param=param)
+        self.headers["Retry-After"] = "1"
+
 
 class SetupError(BackchannelError):
     """The installation needs a person: the message says what to type."""
 
     code = "setup"
+
+
+# The HTTP status that stands for the error of a job; anything else is the provider's failure.
+JOB_STATUS: dict[str, int] = {
+    "rate_limited": 429,
+    "overloaded": 503,
+    "auth": 401,
+    "billing": 402,
+    "context_length": 400,
+    "invalid_request": 400,
+    "content_filter": 400,
+    "provider_not_found": 400,
+    "provider_key_missing": 400,
+    "cancelled": 409,
+    "attempt_restarted": 409,
+    "expired": 504,
+    "poison": 500,
+    "internal_error": 500,
+}
+
+# What OpenAI calls the errors that its clients look for by name.
+OPENAI_CODES: dict[str, str] = {
+    "rate_limited": "rate_limit_exceeded",
+    "context_length": "context_length_exceeded",
+    "billing": "insufficient_quota",
+}
+
+
+class JobFailed(BackchannelError):
+    """A job ended without an answer, as whoever waited for it is told; the queue has retried it.
+
+    Args:
+        code: The job's own error code.
+        job_id: Where to look for more.
+    """
+
+    def __init__(self, message: str, *, code: str, job_id: str) -> None:
+        super().__init__(message, code=OPENAI_CODES.get(code, code))
+        self.status = JOB_STATUS.get(code, 502)
+        self.type = "invalid_request_error" if self.status < 429 else "server_error"
+        self.headers["x-backchannel-job"] = job_id
 
 
 class Policy(NamedTuple):

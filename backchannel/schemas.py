@@ -185,13 +185,18 @@ class CreateJob(_Request):
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
         for number, message in enumerate(self.messages or ()):
-            _check_message(message, f"messages[{number}]")
+            check_message(message, f"messages[{number}]")
         if self.prompt is not None:
             return [{"role": "user", "content": self.prompt}]
         return [each.model_dump(exclude_unset=True) for each in self.messages or ()]
 
 
-def _check_message(message: Message, place: str) -> None:
+def check_message(message: Message, place: str) -> None:
+    """Refuse a message that lacks what its role needs.
+
+    Raises:
+        InvalidRequest: It names the place.
+    """
     answered = message.role == "assistant" and (message.tool_calls or message.refusal)
     if message.content is None and not answered:
         raise InvalidRequest(f"{place}.content: it is missing.", param=f"{place}.content")

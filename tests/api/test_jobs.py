@@ -371,10 +371,13 @@ async def test_cancelling_a_turn_rings_for_the_next_one(
     redis = connect(settings.redis)
     for _ in range(100):
         bells = await redis.lrange(f"{settings.redis_prefix}{INTERACTIVE}", 0, -1)
-        if bells:
+        if len(bells) == 2:
             break
         await asyncio.sleep(0.02)
-    assert [second.encode() in bell for bell in bells] == [True]
+    assert [[job in bell.decode() for job in (second, first)] for bell in bells] == [
+        [True, False],
+        [False, True],
+    ]
     await redis.aclose()
 
 

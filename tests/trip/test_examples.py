@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -88,6 +89,21 @@ def test_the_python_of_the_readme_gets_an_answer(shared: Stack, try_out: Run) ->
     code, _, _ = after.partition("```")
     said = try_out(sys.executable, "-c", code.replace("http://127.0.0.1:8000", shared.url))
     assert (said.returncode, said.stdout) == (0, "succeeded Why do cats knead blankets? 0.0\n")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/http-api.md"])
+def test_the_python_of_the_sdks_prints_what_the_page_says(
+    shared: Stack, try_out: Run, page: str
+) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(
+        r"^```python\n(from .*?)^```\n(?:\n^```text\n(.*?)^```)?", text, re.MULTILINE | re.DOTALL
+    )
+    assert len(found) == (1 if page == "README.md" else 3)
+    for code, printed in found:
+        said = try_out(sys.executable, "-c", code.replace("http://127.0.0.1:8000", shared.url))
+        expected = printed or "Why do cats knead blankets? 0.0\n"
+        assert (said.stderr, said.stdout) == ("", expected)
 
 
 def test_curl_resumes_behind_the_event_it_names(try_out: Run) -> None:

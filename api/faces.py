@@ -1,0 +1,285 @@
+"""What the faces share: a job by its public id, the wait for its end, its stream, its deletion."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+from fastapi import BackgroundTasks, Header, Request
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, and_, bindparam
+from sse_starlette import EventSourceResponse
+from starlette.types import Message
+
+from api.deps import Resources
+from api.jobs import PING_S, Ping, cancel, follow, until_finished
+from backchannel.background import end
+from backchannel.errors import (
+    BackchannelError,
+    Conflict,
+    InvalidRequest,
+    JobFailed,
+    NotFound,
+    Unavailable,
+)
+from backchannel.events import Event
+from backchannel.forget import forget
+from backchannel.schemas import JOB, Job, job_of
+from backchannel.tables import CANCELLED, TERMINAL, jobs, requests
+
+FAREWELL_S = 2.0  # what a stream has to say why it ends, when the process stops
+
+# A client that goes leaves its job running, unless it said otherwise.
+LeavingCancels = Annotated[
+    bool,
+    Header(
+        alias="x-backchannel-cancel-on-disconnect",
+        description="true: whoever hangs up before the end does not want the answer any more.",
+    ),
+]
+
+
+class Ours(BaseModel):
+    """What a face's request may say beyond its own form, in `x_backchannel`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lane: Literal["interactive", "batch"] = "interactive"
+    session: str | None = None
+    deadline_s: float | None = Field(None, gt=0)
+
+
+@dataclass(frozen=True)
+class Face:
+    """Another form of a job: the kind on its row, and the beginning of its public id."""
+
+    kind: str
+    prefix: str
+
+    def id_of(self, job_id: str) -> str:
+        """The public id; it has the job's own digits, so there is no second id to keep."""
+        return self.prefix + job_id.removeprefix("job_")
+
+    def job_id(self, public_id: str) -> str:
+        """The job of a public id; whether there is one is for the database to say."""
+        if not public_id.startswith(self.prefix):
+            raise self.missing(public_id)
+        return f"job_{public_id.removeprefix(self.prefix)}"
+
+    def missing(self, public_id: str) -> NotFound:
+        """Nothing of this kind has this id."""
+        return NotFound(f"There is no {self.kind} '{public_id}'.", param="id")
+
+
+class Found(NamedTuple):
+    """A job as a face needs it."""
+
+    job: Job
+    created_s: int
+    messages: list[dict[str, Any]]
+    asked: dict[str, Any]
+
+
+# Everything `found_of` needs; add conditions.
+FOUND = JOB.add_columns(requests.c.messages, requests.c.asked).join(
+    requests, requests.c.job_id == jobs.c.id
+)
+_ONE = FOUND.where(
+    and_(
+        jobs.c.id == bindparam("job"),
+        jobs.c.caller == bindparam("who"),
+        jobs.c.kind == bindparam("face"),
+    )
+)
+
+
+def found_of(row: Any) -> Found:
+    """A row of `FOUND`."""
+    return Found(job_of(row), row.created_ms // 1000, row.messages, row.asked or {})
+
+
+async def find(its: Resources, caller: str, face: Face, public_id: str) -> Found:
+    """The caller's job with this public id.
+
+    Raises:
+        NotFound: There is none, it is somebody else's, or it was asked through another face.
+    """
+    values = {"job": face.job_id(public_id), "who": caller, "face": face.kind}
+    row = await its.db.read(lambda c: c.execute(_ONE, values).first())
+    if row is None:
+        raise face.missing(public_id)
+    return found_of(row)
+
+
+@contextlib.contextmanager
+def naming(names: dict[str, str]) -> Iterator[None]:
+    """Errors name the fields of the face, as the client knows them, not those of a job."""
+    try:
+        yield
+    except InvalidRequest as error:
+        named = (error.param or "").removeprefix("parameters.")
+        error.param = names.get(named, named) or None
+        raise
+
+
+# ---------------------------------------------------------------- wait
+
+
+async def finished(
+    its: Resources, request: Request, caller: str, face: Face, job: Job, leaving_cancels: bool
+) -> Found:
+    """The job once it has finished, however it ended.
+
+    Raises:
+        Unavailable: This process stops, or the client left, before the end; the job goes on.
+    """
+    if job.state not in TERMINAL:
+        await until_finished(its, job.id, or_until=gone(request))
+    found = await find(its, caller, face, face.id_of(job.id))
+    if found.job.state not in TERMINAL:
+        if leaving_cancels and not its.stopping.is_set():
+            await cancelled(its, caller, job.id)
+        raise _unfinished(job.id)
+    return found
+
+
+async def gone(request: Request) -> None:
+    """Return when the client has hung up; for a request whose body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def cancelled(its: Resources, caller: str, job_id: str) -> None:
+    """Cancel a job, outside of any request."""
+    afterwards = BackgroundTasks()
+    await cancel(its, caller, job_id, afterwards)
+    await afterwards()
+
+
+def _unfinished(job_id: str) -> Unavailable:
+    error = Unavailable(
+        f"This API process stops; the job goes on. Its answer will be at /v1/jobs/{job_id}.",
+        code="api_stopping",
+    )
+    # to send the request again without an Idempotency-Key would be to pay twice
+    error.headers = {"x-should-retry": "false", "x-backchannel-job": job_id}
+    return error
+
+
+def failure(job_id: str, state: str, error: dict[str, Any] | None) -> JobFailed:
+    """The error of a job that did not succeed."""
+    if state == CANCELLED:
+        return JobFailed("The job was cancelled.", code="cancelled", job_id=job_id)
+    known = error or {"code": "internal_error", "message": None}
+    message = known["message"] or f"The job ended with {known['code']}."
+    return JobFailed(message, code=known["code"], job_id=job_id)
+
+
+def failure_of(job: Job) -> JobFailed:
+    """The same, from its row."""
+    return failure(job.id, job.state, None if job.error is None else job.error.model_dump())
+
+
+# ---------------------------------------------------------------- stream
+
+
+class Translator(Protocol):
+    """Says a job's events in a face's form."""
+
+    over: bool  # nothing more is to be said, though the job may go on
+
+    def take(self, event: Event | BackchannelError) -> list[bytes]:
+        """The frames of an event; of an error, where this process cannot go on."""
+
+
+def stream(
+    its: Resources,
+    caller: str,
+    job_id: str,
+    translator: Translator,
+    *,
+    first: list[bytes] | None = None,
+    leaving_cancels: bool = False,
+) -> EventSourceResponse:
+    """A job's events in a face's form, from the first one, live up to its end."""
+
+    async def left(_: Message) -> None:
+        if leaving_cancels:
+            await cancelled(its, caller, job_id)
+
+    async def frames() -> AsyncIterator[bytes]:
+        for frame in first or ():
+            yield frame
+        async with contextlib.aclosing(_told(its, job_id)) as said:
+            async for each in said:
+                for frame in translator.take(each):
+                    yield frame
+                if translator.over:
+                    return
+
+    return EventSourceResponse(
+        frames(),
+        headers={"x-backchannel-job": job_id},
+        sep="\n",
+        ping=PING_S,
+        ping_message_factory=Ping,
+        client_close_handler_callable=left,
+        shutdown_event=its.stopping,  # type: ignore[arg-type]  # an event is an event
+        shutdown_grace_period=FAREWELL_S,
+    )
+
+
+async def _told(its: Resources, job_id: str) -> AsyncGenerator[Event | BackchannelError]:
+    """The events; an error instead of the rest when this process stops before the end.
+
+    To the SDKs a stream that just ends is a success.
+    """
+    stopping = asyncio.create_task(its.stopping.wait(), name="stream-until-stop")
+    following = follow(its, job_id)
+    try:
+        while True:
+            step = asyncio.ensure_future(_next(following))
+            try:
+                await asyncio.wait({step, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    yield _unfinished(job_id)
+                    return
+            finally:
+                await end(step)
+            event = step.result()
+            if event is None:
+                return
+            yield event
+    finally:
+        await end(stopping)
+        await following.aclose()  # type: ignore[attr-defined]
+
+
+async def _next(events: AsyncIterator[Event]) -> Event | None:
+    return await anext(events, None)
+
+
+# ---------------------------------------------------------------- delete
+
+
+async def delete(its: Resources, caller: str, face: Face, public_id: str) -> None:
+    """Forget what a finished job asked and answered.
+
+    Raises:
+        NotFound: As in `find`.
+        Conflict: It has not finished.
+    """
+    found = await find(its, caller, face, public_id)
+    if found.job.state not in TERMINAL:
+        raise Conflict(
+            f"{public_id} is {found.job.state}: cancel it before you delete it.",
+            code="not_finished",
+        )
+
+    def write(connection: Connection) -> None:
+        forget(connection, found.job.id)
+
+    await its.db.write(write)

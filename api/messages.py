@@ -1,0 +1,48 @@
+"""Messages: Anthropic's form of a job, with any provider behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from api.deps import Caller, IdempotencyKey, Shared, StrictRoute
+from api.faces import Face, LeavingCancels, failure_of, finished, naming, stream
+from api.jobs import checked, submit
+from api.message_events import MessageEvents, message
+from api.message_input import NAMES, CreateMessage, messages_of, parameters_of
+from backchannel.schemas import CreateJob
+from backchannel.tables import SUCCEEDED
+
+router = APIRouter(prefix="/v1/messages", tags=["messages"], route_class=StrictRoute)
+
+MESSAGE = Face("message", "msg_")
+
+
+@router.post("", response_model=None)
+async def create_message(
+    asked: CreateMessage,
+    request: Request,
+    its: Shared,
+    caller: Caller,
+    response: Response,
+    key: IdempotencyKey = None,
+    leaving_cancels: LeavingCancels = False,
+) -> Response | dict[str, Any]:
+    """Answer a message, as soon as its job is done; or stream it."""
+    order = CreateJob.model_construct(
+        model=asked.model, parameters=parameters_of(asked), stream=asked.stream
+    )
+    sent = asked.model_dump(exclude_unset=True)
+    with naming(NAMES):
+        new = await checked(its, caller, order, messages_of(asked), key, face=(MESSAGE.kind, sent))
+    job = await submit(its, new, response)
+    if asked.stream:
+        said = MessageEvents(job.id, job.model)
+        return stream(its, caller, job.id, said, leaving_cancels=leaving_cancels)
+    job = (await finished(its, request, caller, MESSAGE, job, leaving_cancels)).job
+    if job.state != SUCCEEDED:
+        raise failure_of(job)
+    response.headers.update({"x-backchannel-job": job.id, "Location": f"/v1/jobs/{job.id}"})
+    usage = None if job.usage is None else job.usage.model_dump()
+    return message(job.id, job.model, job.message, job.finish_reason, usage)

@@ -1,0 +1,104 @@
+"""A job's events as the items of an answer: texts, reasoning and tool calls, opened and closed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from backchannel import events
+from backchannel.completion import call_id
+
+Kind = Literal["text", "reasoning", "tool_call"]
+_TEXTS: dict[str, Kind] = {events.DELTA: "text", events.REASONING: "reasoning"}
+
+
+@dataclass
+class Item:
+    """One item of an answer, numbered through all attempts."""
+
+    index: int
+    kind: Kind
+    call_id: str = ""
+    name: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of it so far; of a tool call its arguments."""
+        return "".join(self.pieces)
+
+
+class Step(NamedTuple):
+    """Something happened to an item."""
+
+    what: Literal["open", "piece", "close"]
+    item: Item
+    piece: str = ""
+
+
+class Pieces:
+    """Sorts one attempt's events into items. Tool calls may interleave and stay open to the end."""
+
+    def __init__(self, job_id: str) -> None:
+        self.items: list[Item] = []  # of the present attempt
+        self._job_id = job_id
+        self._next_index = 0
+        self._open: Item | None = None
+        self._calls: dict[int, Item] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether the present attempt has said anything."""
+        return bool(self.items)
+
+    def take(self, type_: str, own: dict[str, Any]) -> Iterator[Step]:
+        """What an event does; events that carry no piece of the answer do nothing."""
+        if type_ in _TEXTS:
+            yield from self._text(_TEXTS[type_], own["text"])
+        elif type_ == events.TOOL_CALL:
+            yield from self._tool_call(own)
+
+    def _text(self, kind: Kind, text: str) -> Iterator[Step]:
+        item = self._open
+        if item is None or item.kind != kind:
+            yield from self._close()
+            item = self._open = self._new(kind)
+            yield Step("open", item)
+        item.pieces.append(text)
+        yield Step("piece", item, text)
+
+    def _tool_call(self, own: dict[str, Any]) -> Iterator[Step]:
+        item = self._calls.get(own["index"])
+        if item is None:
+            yield from self._close()
+            item = self._new("tool_call")
+            item.call_id = call_id(self._job_id, len(self._calls), own.get("id"))
+            item.name = own.get("name", "")
+            self._calls[own["index"]] = item
+            yield Step("open", item)
+        if own["arguments"]:
+            item.pieces.append(own["arguments"])
+            yield Step("piece", item, own["arguments"])
+
+    def _new(self, kind: Kind) -> Item:
+        item = Item(self._next_index, kind)
+        self._next_index += 1
+        self.items.append(item)
+        return item
+
+    def _close(self) -> Iterator[Step]:
+        if self._open is not None:
+            closed, self._open = self._open, None
+            yield Step("close", closed)
+
+    def close(self) -> Iterator[Step]:
+        """The answer is over: every open item closes, in order."""
+        open_ = [*([self._open] if self._open else []), *self._calls.values()]
+        self._open, self._calls = None, {}
+        for item in sorted(open_, key=lambda each: each.index):
+            yield Step("close", item)
+
+    def restart(self) -> None:
+        """Another attempt begins: what it says is a new answer, with new numbers."""
+        self.items = []
