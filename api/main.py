@@ -15,7 +15,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from api import chat, health, jobs, messages, models, providers, responses, sessions, usage
+from api import (
+    batches,
+    chat,
+    files,
+    health,
+    jobs,
+    messages,
+    models,
+    providers,
+    responses,
+    sessions,
+    usage,
+)
 from api.deps import open_resources
 from api.message_events import error_body
 from backchannel import __version__
@@ -38,7 +50,9 @@ def create_app(settings: Settings) -> FastAPI:
             yield
 
     app = FastAPI(title="Backchannel", version=__version__, lifespan=lifespan)
-    for module in (jobs, sessions, chat, responses, messages, models, usage, providers, health):
+    for module in (
+        jobs, files, batches, sessions, chat, responses, messages, models, usage, providers, health,
+    ):  # fmt: skip
         app.include_router(module.router)
     app.add_exception_handler(BackchannelError, _refused)
     app.add_exception_handler(RequestValidationError, _not_valid)

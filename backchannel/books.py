@@ -1,4 +1,4 @@
-"""The books: all that is written together with a finish - answer, usage, session turn, outbox."""
+"""The books: all that a finish drags along - answer, usage, session turn, outbox, batch counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, insert, select, update
 
-from backchannel.db import now_ms
+from backchannel.counts import LineEnd, count
+from backchannel.db import at_end, now_ms
 from backchannel.pricing import Tokens
 from backchannel.tables import QUEUED, SUCCEEDED, attempts, jobs, outbox, results, turns, usage
 
@@ -92,13 +93,15 @@ def write_finish(connection: Connection, row: Any, outcome: Outcome) -> Finished
     connection.execute(
         insert(results), {"job_id": row.id, "message": outcome.message, "log": outcome.log}
     )
-    close_attempt(
+    spent = close_attempt(
         connection, row, row.attempt, outcome.state, outcome.error_code, outcome.error_message,
         outcome.spent, billable=True,
     )  # fmt: skip
     connection.execute(
         insert(outbox).values(created_ms=NOW), {"job_id": row.id, "event": f"job.{outcome.state}"}
     )
+    if row.batch_id is not None:
+        at_end(connection, count, _line_end(row, outcome.state, spent))
     if row.session_id is None:
         return Finished(None)
     if outcome.state == SUCCEEDED:
@@ -107,6 +110,15 @@ def write_finish(connection: Connection, row: Any, outcome: Outcome) -> Finished
         _NEXT_IN_SESSION, {"session": row.session_id, "seq": row.session_seq}
     ).first()
     return Finished(doorbell(following) if following else None)
+
+
+def _line_end(row: Any, state: str, spent: Spent | None) -> LineEnd:
+    return LineEnd(
+        row.batch_id, row.line, state == SUCCEEDED,
+        called=spent is not None,
+        tokens=spent.tokens if spent else None,
+        cost_nanousd=spent.cost_nanousd if spent else None,
+    )  # fmt: skip
 
 
 def _answer_turn(connection: Connection, row: Any, outcome: Outcome) -> None:
@@ -153,14 +165,17 @@ def close_attempt(
     spent: Spent | None,
     *,
     billable: bool,
-) -> None:
-    """Close an attempt and put its usage on the books; a call of unknown outcome is ``unknown``."""
+) -> Spent | None:
+    """Close an attempt and put its usage on the books; a call of unknown outcome is ``unknown``.
+
+    Returns what is on the books now; None if no provider was called.
+    """
     closed = connection.execute(
         _CLOSE_ATTEMPT,
         {"job": row.id, "by_attempt": attempt, "what": what, "code": code, "why": why},
     ).first()
     if closed is None or closed.provider_call_ms is None:
-        return
+        return None
     spent = spent or Spent("unknown", None)
     tokens = spent.tokens
     connection.execute(
@@ -184,3 +199,4 @@ def close_attempt(
             "price_date": spent.price_date,
         },
     )
+    return spent

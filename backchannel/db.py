@@ -167,6 +167,18 @@ def _settle_all(awaited: Sequence[_Awaited]) -> None:
         each.settle()
 
 
+_AT_END = "backchannel_at_end"
+
+
+def at_end(connection: Connection, do: Callable[[Connection, list[T]], None], item: T) -> None:
+    """Have `do` called once with all items of this transaction, just before it commits.
+
+    For rows that many jobs share: one statement per group instead of one per job, and their locks
+    are held for the commit only.
+    """
+    connection.info.setdefault(_AT_END, {}).setdefault(do, []).append(item)
+
+
 class Database:
     """One process's way to the database: reads on a few threads, all writes through one.
 
@@ -274,7 +286,10 @@ class Database:
         """Write a group; tells whether its transaction waited for a lock in vain."""
         try:
             with self.engine.begin() as connection:
+                connection.info.pop(_AT_END, None)  # of a transaction that was rolled back
                 results = [work(connection) for work, _ in group]
+                for do, items in connection.info.pop(_AT_END, {}).items():
+                    do(connection, items)
         except BaseException as error:
             # One bad piece of work must not fail its neighbours, and a deadlock between two groups
             # cannot happen between single pieces: each again, alone. The work is guarded, so doing
@@ -374,7 +389,7 @@ def _unavailable(sentence: str) -> Unavailable:
     return Unavailable(sentence, code="database_unavailable")
 
 
-HEAD = "0002"  # the newest migration; a test compares it with the scripts
+HEAD = "0003"  # the newest migration; a test compares it with the scripts
 
 
 def migrate(url: str) -> None:

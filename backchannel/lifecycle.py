@@ -17,6 +17,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Update,
+    and_,
     bindparam,
     case,
     delete,
@@ -61,13 +62,16 @@ def state_is(state: str) -> ColumnElement[bool]:
     return jobs.c.state == literal(state, literal_execute=True)
 
 
-def _move(here: str, there: str) -> Update:
+_its_id = jobs.c.id == bindparam("job")
+
+
+def _move(here: str, there: str, which: ColumnElement[bool] = _its_id) -> Update:
     """The one statement that changes a state; it asks the table of states."""
     if there not in FOLLOWS[here]:
         raise AssertionError(f"{there} does not follow {here}")
     return (
         update(jobs)
-        .where(jobs.c.id == bindparam("job"), state_is(here))
+        .where(which, state_is(here))
         .values(
             state=there,
             **({"finished_ms": NOW, "lease_ms": None} if there in TERMINAL else {}),
@@ -287,7 +291,7 @@ def _ending(statement: Update) -> Update:
         error_message=bindparam("why"),
     ).returning(
         jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.attempt,
-        jobs.c.session_id, jobs.c.session_seq,
+        jobs.c.session_id, jobs.c.session_seq, jobs.c.batch_id, jobs.c.line,
     )  # fmt: skip
 
 
@@ -553,3 +557,52 @@ def request_cancel(connection: Connection, job_id: str, caller: str) -> Cancelli
     """Put a cancel on record: from here on no attempt starts. None: finished, or not there."""
     row = connection.execute(_REQUEST_CANCEL, {"job": job_id, "who": caller}).first()
     return None if row is None else Cancelling(*row)
+
+
+# ---------------------------------------------------------------- the jobs of a batch
+
+_unfinished = and_(jobs.c.batch_id == bindparam("batch"), jobs.c.finished_ms.is_(None))
+_CANCEL_BATCH = (
+    update(jobs)
+    .where(_unfinished, jobs.c.cancel_ms.is_(None))
+    .values(cancel_ms=NOW)
+    .returning(jobs.c.id, jobs.c.state)
+)
+
+
+def request_cancel_of_batch(connection: Connection, batch_id: str) -> list[str]:
+    """Put a cancel on record for all unfinished jobs of a batch; returns those that run."""
+    rows = connection.execute(_CANCEL_BATCH, {"batch": batch_id})
+    return [row.id for row in rows if row.state == RUNNING]
+
+
+CLOSE_AT_ONCE = 500
+
+
+def _unstarted(must_end: ColumnElement[bool]) -> ColumnElement[bool]:
+    some = (
+        select(jobs.c.id)
+        .where(_unfinished, state_is(QUEUED), jobs.c.attempt == 0, must_end)
+        .limit(CLOSE_AT_ONCE)
+    )
+    # what changed since `some` looked must match as it is now
+    return and_(jobs.c.id.in_(some), jobs.c.attempt == 0, must_end)
+
+
+_CLOSE_UNSTARTED = {
+    CANCELLED: _ending(_move(QUEUED, CANCELLED, _unstarted(jobs.c.cancel_ms.is_not(None)))),
+    EXPIRED: _ending(_move(QUEUED, EXPIRED, _unstarted(jobs.c.deadline_ms <= NOW))),
+}
+
+
+def close_unstarted(connection: Connection, batch_id: str, outcome: Outcome) -> int:
+    """End some of a batch's queued jobs that were cancelled or have expired; returns how many.
+
+    Only jobs of which nothing has been streamed: `close_queued` ends the others one by one.
+    """
+    rows = connection.execute(
+        _CLOSE_UNSTARTED[outcome.state], {"batch": batch_id, **_ending_values(outcome)}
+    ).all()
+    for row in rows:
+        write_finish(connection, row, outcome)
+    return len(rows)

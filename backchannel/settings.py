@@ -123,6 +123,7 @@ class Settings(BaseSettings):
     )
     attempt_s: float = Field(900.0, description="Seconds one attempt may take in all.")
     max_body_bytes: int = Field(32 << 20, description="Cap of one request body: 32 MiB.")
+    max_file_bytes: int = Field(2 << 30, description="Cap of one uploaded file: 2 GiB.")
     max_line_bytes: int = Field(
         1 << 20, description="Cap of one line of a provider's stream: 1 MiB."
     )

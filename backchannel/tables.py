@@ -1,4 +1,4 @@
-"""One class per table; the states of a job, and which follow which, as data.
+"""One class per table; the states of jobs and batches, and which follow which, as data.
 
 Times are whole milliseconds since 1970-01-01 UTC (``_ms``), money is whole nano-dollars
 (``_nanousd``): both databases keep integers exactly, and neither agrees with the other on more.
@@ -28,6 +28,25 @@ FOLLOWS: dict[str, frozenset[str]] = {
     CANCELLED: frozenset(),
     EXPIRED: frozenset(),
 }
+
+# The states of a batch: OpenAI's own.
+VALIDATING = "validating"
+IN_PROGRESS = "in_progress"
+FINALIZING = "finalizing"
+COMPLETED = "completed"
+CANCELLING = "cancelling"
+
+BATCH_FOLLOWS: dict[str, frozenset[str]] = {
+    VALIDATING: frozenset({IN_PROGRESS, FAILED, EXPIRED, CANCELLING}),
+    IN_PROGRESS: frozenset({FINALIZING, CANCELLING}),
+    FINALIZING: frozenset({COMPLETED, EXPIRED}),
+    CANCELLING: frozenset({CANCELLED}),
+    COMPLETED: frozenset(),
+    FAILED: frozenset(),
+    EXPIRED: frozenset(),
+    CANCELLED: frozenset(),
+}
+BATCH_TERMINAL = frozenset(state for state, follows in BATCH_FOLLOWS.items() if not follows)
 
 INTERACTIVE = "interactive"
 BATCH = "batch"
@@ -86,6 +105,12 @@ class Job(SQLModel, table=True):
             sqlite_where=text("session_id IS NOT NULL"),
             postgresql_where=text("session_id IS NOT NULL"),
         ),
+        Index(
+            "ix_jobs_batch",
+            "batch_id",
+            sqlite_where=text("batch_id IS NOT NULL AND finished_ms IS NULL"),
+            postgresql_where=text("batch_id IS NOT NULL AND finished_ms IS NULL"),
+        ),
     )
 
     id: str = Field(primary_key=True)
@@ -103,6 +128,8 @@ class Job(SQLModel, table=True):
     session_id: str | None = None
     session_seq: int | None = None  # of the job's first message in its session
     parent_id: str | None = None
+    batch_id: str | None = None
+    line: int | None = None  # of the batch's input file
     stream: bool = True
     meta: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     created_ms: int = _big()
@@ -233,6 +260,126 @@ class Turn(SQLModel, table=True):
     created_ms: int = _big()
 
 
+class File(SQLModel, table=True):
+    """An uploaded file; or a batch's output or errors, which are rendered from its lines."""
+
+    __tablename__ = "files"
+    __table_args__ = (Index("ix_files_caller", "caller", "id"),)
+
+    id: str = Field(primary_key=True)
+    caller: str
+    kind: str  # input, or of a batch: output | error
+    purpose: str
+    filename: str
+    status: str  # uploading, which nobody is shown, then processed
+    bytes: int = _big()
+    batch_id: str | None = None
+    created_ms: int = _big()
+    expires_ms: int | None = _big(null=True)
+
+
+class FileChunk(SQLModel, table=True):
+    """A piece of an uploaded file: whole lines, compressed. In the database, so that every API
+    process and every worker machine can read it."""
+
+    __tablename__ = "file_chunks"
+    __table_args__ = (Index("ix_file_chunks_line", "file_id", "first_line"),)
+
+    file_id: str = Field(primary_key=True, foreign_key="files.id", ondelete="CASCADE")
+    n: int = Field(primary_key=True)  # from 0
+    first_line: int  # counted from 1
+    lines: int  # that end in it
+    data: bytes = Field(sa_column=Column(LargeBinary, nullable=False))  # zlib
+
+
+class Batch(SQLModel, table=True):
+    """A file of chats to be answered: where it stands, and how far each of its steps has come."""
+
+    __tablename__ = "batches"
+    __table_args__ = (
+        UniqueConstraint("caller", "idempotency_key", name="uq_batches_idempotency"),
+        Index("ix_batches_caller", "caller", "id"),
+        Index("ix_batches_input", "input_file_id"),
+        Index(
+            "ix_batches_live",
+            "id",
+            sqlite_where=text("ended_ms IS NULL"),
+            postgresql_where=text("ended_ms IS NULL"),
+        ),
+    )
+
+    id: str = Field(primary_key=True)
+    caller: str
+    idempotency_key: str | None = None
+    request_hash: str
+    endpoint: str
+    completion_window: str
+    input_file_id: str
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    parent_id: str | None = None  # whose failed lines these are
+    meta: dict[str, str] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+    status: str = VALIDATING
+    created_ms: int = _big()
+    expires_ms: int = _big()
+    in_progress_ms: int | None = _big(null=True)
+    finalizing_ms: int | None = _big(null=True)
+    completed_ms: int | None = _big(null=True)
+    failed_ms: int | None = _big(null=True)
+    expired_ms: int | None = _big(null=True)
+    cancelling_ms: int | None = _big(null=True)
+    cancelled_ms: int | None = _big(null=True)
+    ended_ms: int | None = _big(null=True)
+    faults: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
+    faults_count: int = 0
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+    checked: int = 0  # chunks of the file, or of a retry its parent's lines up to this one
+    next_line: int = 1  # lines before this one are planned: they are jobs, or were refused
+    planned: int = 0
+    last_seq: int = 0  # places taken in the order of finishing
+    input_tokens: int = _big()
+    cached_tokens: int = _big()
+    output_tokens: int = _big()
+    reasoning_tokens: int = _big()
+    cost_nanousd: int = _big()
+    unknown_tokens: int = 0  # answers whose tokens nobody knows
+    unknown_price: int = 0
+    tended_by: str | None = None  # the planner at it, so that not every worker reads every file
+    tended_ms: int = _big()
+
+
+class BatchLine(SQLModel, table=True):
+    """One line of a batch; it is a job once it is planned, and has its place once it is over."""
+
+    __tablename__ = "batch_lines"
+    __table_args__ = (
+        UniqueConstraint("batch_id", "custom_id", name="uq_batch_lines_custom_id"),
+        Index(
+            "ix_batch_lines_done",
+            "batch_id",
+            "ok",
+            "done_seq",
+            sqlite_where=text("done_seq IS NOT NULL"),
+            postgresql_where=text("done_seq IS NOT NULL"),
+        ),
+        # a million rows at a time: kept in the order of their key, without a second copy of it,
+        # and without the database looking up the batch of each
+        {"sqlite_with_rowid": False},
+    )
+
+    batch_id: str = Field(primary_key=True)
+    line: int = Field(primary_key=True)
+    custom_id: str
+    job_id: str | None = None
+    done_seq: int | None = None
+    ok: bool | None = None
+    # of a line that was refused before it was a job
+    error_status: int | None = None
+    error: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+
+
 class Outbox(SQLModel, table=True):
     """One row per finished job, for whoever must be told; written with the finish or not at all."""
 
@@ -265,5 +412,9 @@ attempts: Table = Attempt.__table__  # type: ignore[attr-defined]
 usage: Table = Usage.__table__  # type: ignore[attr-defined]
 sessions: Table = ChatSession.__table__  # type: ignore[attr-defined]
 turns: Table = Turn.__table__  # type: ignore[attr-defined]
+files: Table = File.__table__  # type: ignore[attr-defined]
+chunks: Table = FileChunk.__table__  # type: ignore[attr-defined]
+batches: Table = Batch.__table__  # type: ignore[attr-defined]
+batch_lines: Table = BatchLine.__table__  # type: ignore[attr-defined]
 outbox: Table = Outbox.__table__  # type: ignore[attr-defined]
 workers: Table = Worker.__table__  # type: ignore[attr-defined]

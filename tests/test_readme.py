@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]
 )
 FOLDERS = ("api", "backchannel", "workers", "tests", "docs", "examples", ".ci")
-PARAMETER = re.compile(r"\{\w+\}|(?:job|session)_…")
+PARAMETER = re.compile(r"\{\w+\}|(?:(?:job|session|batch)_|file-)…")
 
 
 def name_of(page: Path) -> str:
@@ -111,8 +110,9 @@ def test_every_address_is_a_route(page: Path) -> None:
     known = {PARAMETER.sub("{}", path) for path in app.openapi()["paths"]}
     known.add("/v1")  # what an SDK is given
     text = page.read_text(encoding="utf-8").partition("## Not yet")[0]
-    asked = re.findall(r"(?:GET|POST|PATCH|:8000) ?(/[\w{}/…]+)", text)
-    assert {PARAMETER.sub("{}", path) for path in asked} <= known
+    asked = re.findall(r"(?:GET|POST|PATCH|:8000) ?(/[\w{}/…-]+)", text)
+    # "/v1" alone is where an SDK is pointed to
+    assert {PARAMETER.sub("{}", path) for path in asked} - {"/v1"} <= known
 
 
 @every_page
@@ -141,22 +141,17 @@ def test_the_example_lines_of_the_readme_can_be_run(tmp_path: Path) -> None:
 
 def test_the_result_line_of_the_readme_is_what_a_run_writes() -> None:
     from backchannel.cli.lines import Line
-    from backchannel.cli.results import success
+    from backchannel.cli.results import record_of
+    from backchannel.completions import CHAT, answer
+    from tests.backchannel.test_completions import job
 
     shown = json.loads(list(blocks(ROOT / "README.md", "json"))[1])
     body = shown["response"]["body"]
-    usage = {
-        "input_tokens": 1, "cached_tokens": 0, "cache_write_tokens": 0, "output_tokens": 1,
-        "reasoning_tokens": 0, "cost_usd": 0.0,
-    }  # fmt: skip
-    job: dict[str, Any] = {
-        "id": shown["response"]["request_id"],
-        "created_at": "2026-11-22T04:01:10.000Z",
-        "model": body["model"],
-        "message": body["choices"][0]["message"],
-        "finish_reason": "stop",
-        "usage": usage,
-    }
-    written = success(Line(1, "a", None, {"prompt": "One", "metadata": {"custom_id": "a"}}), job)
-    written["response"]["body"]["created"] = body["created"]
-    assert written == shown
+    row = job(
+        job_id=shown["response"]["request_id"], provider="echo", model="echo-1",
+        message=body["choices"][0]["message"], input_tokens=1, cached_tokens=0, output_tokens=1,
+        reasoning_tokens=0, cost_nanousd=0,
+    )  # fmt: skip
+    response = {**shown["response"], "body": answer(CHAT, row) | {"created": body["created"]}}
+    line = Line(1, "a", None, {"prompt": "One", "metadata": {"custom_id": "a"}})
+    assert record_of(line.id, shown | {"response": response}) == shown

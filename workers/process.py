@@ -28,7 +28,7 @@ from backchannel.pubsub import OUTAGE, Listener, connect
 from backchannel.queue import ring
 from backchannel.registry import get_registry
 from backchannel.settings import Settings, get_settings
-from workers import caretaker, heart
+from workers import caretaker, heart, planner
 from workers.clients import ClientCache
 from workers.watchdog import Watchdog
 
@@ -115,7 +115,11 @@ class Process:
         )
         stack.push_async_callback(self._sign_off)
         self.pulse = heart.Pulse(settings)
-        for name, habit in (*heart.habits(self), *caretaker.habits(self)):
+        for name, habit in (
+            *heart.habits(self),
+            *caretaker.habits(self),
+            *planner.habits(self),
+        ):
             self._keep(stack, name, habit)
 
     def _keep(

@@ -29,7 +29,7 @@ class Line:
         custom_id: The line's own, or one made of what it asks, so that it stays the same when
             lines are put in before it.
         model: None takes the run's.
-        request: The rest of the body of ``POST /v1/jobs``.
+        request: Its prompt or messages, system, parameters and metadata.
     """
 
     number: int
@@ -40,15 +40,25 @@ class Line:
     @property
     def id(self) -> str:
         """The id of the line's result: where it stood, and a digest of all it says."""
-        return f"line_{self.number}_{_digest(self.custom_id, self.model, self.request)[:16]}"
+        return f"line_{self.number}_{self.digest[:16]}"
 
-    def key(self, model: str) -> str:
-        """The Idempotency-Key: the same line and model find the same job, whenever they come."""
-        return _digest(self.custom_id, self.model or model, self.request)
+    @property
+    def digest(self) -> str:
+        """Of all it says; a line without a model does not say one."""
+        return _digest(self.custom_id, self.model, self.request)
 
-    def body(self, model: str) -> dict[str, Any]:
-        """The body of ``POST /v1/jobs``."""
-        return {**self.request, "model": self.model or model, "lane": "batch", "stream": False}
+    def batch_line(self, model: str) -> dict[str, Any]:
+        """The line of a batch's file that asks for it."""
+        asked = self.request
+        system = [{"role": "system", "content": asked["system"]}] if asked.get("system") else []
+        messages = asked.get("messages") or [{"role": "user", "content": asked["prompt"]}]
+        body = {
+            "model": self.model or model,
+            "messages": [*system, *messages],
+            **asked.get("parameters", {}),
+            "metadata": asked["metadata"],
+        }
+        return {"custom_id": self.custom_id, "method": "POST", "url": CHAT, "body": body}
 
 
 @dataclass(frozen=True, slots=True)

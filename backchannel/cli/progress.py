@@ -33,16 +33,17 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
 
     def count(self, usage: dict[str, Any] | None) -> None:
-        """Add what one job used."""
+        """Add what one answer used; None: nobody knows."""
         if usage is None:
-            return
-        if usage["input_tokens"] is None or usage["output_tokens"] is None:
             self.unknown_usage += 1
-        self.tokens_in += usage["input_tokens"] or 0
-        self.tokens_out += usage["output_tokens"] or 0
-        if usage["cost_nanousd"] is None:
             self.unknown_cost += 1
-        self.cost_nanousd += usage["cost_nanousd"] or 0
+            return
+        self.tokens_in += usage["prompt_tokens"]
+        self.tokens_out += usage["completion_tokens"]
+        if usage["cost_usd"] is None:
+            self.unknown_cost += 1
+        else:
+            self.cost_nanousd += round(usage["cost_usd"] * 1e9)
 
     @property
     def settled(self) -> int:

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from backchannel.cli.lines import BadLine, Line
+from backchannel.cli.lines import BadLine
 from backchannel.cli.records import Records
 
-# The HTTP status that stands for an error of a job; anything else is the provider's failure.
-STATUS = {
-    "rate_limited": 429,
-    "auth": 401,
-    "billing": 402,
-    "context_length": 400,
-    "invalid_request": 400,
-    "content_filter": 400,
-    "provider_not_found": 400,
-    "provider_key_missing": 400,
-    "unsupported_parameter": 400,
-    "overloaded": 503,
-}
 DONE_STATUS = 200
 
 
@@ -63,71 +49,13 @@ def bad_key(number: int) -> str:
     return f"\0{number}"
 
 
-def success(line: Line, job: dict[str, Any]) -> dict[str, Any]:
-    """The output line of a job that succeeded."""
+def record_of(line_id: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A line of a batch's output or errors, under the id that says what it answers."""
     return {
-        "id": line.id,
-        "custom_id": line.custom_id,
-        "response": {
-            "status_code": DONE_STATUS,
-            "request_id": job["id"],
-            "body": completion(job),
-        },
-        "error": None,
-    }
-
-
-def completion(job: dict[str, Any]) -> dict[str, Any]:
-    """A job's answer as a chat completion."""
-    return {
-        "id": f"chatcmpl-{job['id'].partition('_')[2]}",
-        "object": "chat.completion",
-        "created": int(datetime.fromisoformat(job["created_at"]).timestamp()),
-        "model": job["model"],
-        "choices": [
-            {
-                "index": 0,
-                "message": job["message"],
-                "finish_reason": job["finish_reason"],
-                "logprobs": None,
-            }
-        ],
-        "usage": _usage(job["usage"]),
-    }
-
-
-def _usage(usage: dict[str, Any] | None) -> dict[str, Any] | None:
-    if usage is None or usage["input_tokens"] is None or usage["output_tokens"] is None:
-        return None  # unknown is not zero
-    return {
-        "prompt_tokens": usage["input_tokens"],
-        "completion_tokens": usage["output_tokens"],
-        "total_tokens": usage["input_tokens"] + usage["output_tokens"],
-        "prompt_tokens_details": {"cached_tokens": usage["cached_tokens"]},
-        "completion_tokens_details": {"reasoning_tokens": usage["reasoning_tokens"]},
-        "cost_usd": usage["cost_usd"],
-    }
-
-
-def failure(line: Line, job: dict[str, Any]) -> dict[str, Any]:
-    """The errors line of a job that failed, was cancelled or expired."""
-    error = job["error"] or {"code": job["state"], "message": f"The job is {job['state']}."}
-    if job["state"] != "failed":
-        named = {"code": f"job_{job['state']}", "message": error["message"], "job": job["id"]}
-        return {"id": line.id, "custom_id": line.custom_id, "response": None, "error": named}
-    body = {
-        "message": error["message"], "type": "provider_error", "code": error["code"], "param": None,
-    }  # fmt: skip
-    return refusal(line, STATUS.get(error["code"], 502), {"error": body}, job["id"])
-
-
-def refusal(line: Line, status: int, body: Any, job_id: str | None = None) -> dict[str, Any]:
-    """The errors line of an answer that is an HTTP error."""
-    return {
-        "id": line.id,
-        "custom_id": line.custom_id,
-        "response": {"status_code": status, "request_id": job_id, "body": body},
-        "error": None,
+        "id": line_id,
+        "custom_id": found["custom_id"],
+        "response": found["response"],
+        "error": found["error"],
     }
 
 

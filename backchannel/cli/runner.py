@@ -1,33 +1,35 @@
-"""A run: every line of a file becomes a job, every finished job a line of results."""
+"""A run: a file becomes a batch, and every line the batch has answered a line of results."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import signal
+import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import msgspec
 
 from backchannel.cli import results
 from backchannel.cli.choice import Choice, choose_model, real_model_is_meant
 from backchannel.cli.lines import BadLine, Line, read_lines, same_content
 from backchannel.cli.progress import Progress, Tally
 from backchannel.cli.screen import Failure
-from backchannel.cli.sender import Job, Sender
+from backchannel.cli.sender import Batch, Sender
 from backchannel.settings import Settings
-from backchannel.tables import SUCCEEDED, TERMINAL
+from backchannel.tables import BATCH_TERMINAL, FAILED
 
-# Jobs sent and not yet collected: enough to keep ten worker processes busy, few enough that
-# stopping leaves little behind that was not asked for.
-OUTSTANDING = 2_000
-SENDERS = 24
-COLLECTORS = 100
-WAIT_S = 20.0  # for one job, while there is a collector for each
-TURN_S = 2.0  # for one job, while others wait for a collector
+PAGE = 1_000  # lines of results asked for at once
+QUICK_LOOK_S = 0.2  # at first, so that a short file is not waited for
+SLOW_LOOK_S = 1.0
+WINDOW = "7d"  # a large file on a slow provider; Ctrl-C and `--retry-failed` are there before
+
+_encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class Runner:
         self._results = results.open_results(order.results, echo_counts=not real)
         self._errors = results.open_errors(order.errors)
         self._in_file: list[str] = []  # custom ids in the order of the file
+        self._needed: dict[str, str] = {}  # custom ids without a result, and the ids of their lines
+        self._refused: set[str] = set()  # needed ones whose last answer is an error
         self._failed: set[str] = set()  # keys of this run's failures
         self._changed = 0
-        self._ready = asyncio.Lock()
+        self._says = hashlib.sha256()  # all good lines
+        self._model_matters = False  # some name none themselves
         self._stop = asyncio.Event()
-        self._todo: asyncio.Queue[Line] = asyncio.Queue(maxsize=2 * SENDERS)
-        self._sent: asyncio.Queue[tuple[Line, str]] = asyncio.Queue()
-        self._room = asyncio.Semaphore(OUTSTANDING)
         self._whole_file = False
 
     async def run(self) -> None:
@@ -85,8 +87,8 @@ class Runner:
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
-        except* Failure as failures:
-            self.failure = _first(failures)
+        except Failure as failure:
+            self.failure = failure
         finally:
             self._tidy()
             self.own_stack = self.sender.stack.running
@@ -103,39 +105,25 @@ class Runner:
         self._stop.set()
 
     async def _work(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            helpers = [
-                group.create_task(make(), name=f"run-{make.__name__.strip('_')}-{number}")
-                for make, count in (
-                    (self._send_forever, SENDERS),
-                    (self._collect_forever, COLLECTORS),
-                )
-                for number in range(count)
-            ]
-            await self._feed()
-            self._whole_file = True
-            await self._todo.join()
-            await self._sent.join()
-            for helper in helpers:
-                helper.cancel()
-
-    async def _feed(self) -> None:
-        for line in self._needed():
+        await self._read()
+        if self._needed:
             await self._connected()
-            await self._room.acquire()
-            self.tally.running += 1
-            await self._todo.put(line)
+            await self._answer_needed()
+        self._whole_file = True
 
-    def _needed(self) -> Iterator[Line]:
-        """The good lines whose result is not there yet."""
+    async def _read(self) -> None:
+        """Find the lines that have no result yet, and name those that cannot be sent."""
         for number, line in enumerate(read_lines(self._lines)):
-            if number % 1000 == 999:
-                self._progress.refresh()
+            if number % 500 == 499:
+                await asyncio.sleep(0)  # a signal is heard, the progress is shown
             if isinstance(line, BadLine):
                 self.tally.failed += 1
                 self.tally.bad += 1
-                self._fail(results.bad_key(line.number), results.bad(line))
+                self._failed.add(results.bad_key(line.number))
+                self._errors.add(results.bad_key(line.number), results.bad(line))
                 continue
+            self._says.update(line.digest.encode())
+            self._model_matters |= line.model is None
             if self._order.in_order:
                 self._in_file.append(line.custom_id)
             known = self._results.done.get(line.custom_id)
@@ -145,12 +133,10 @@ class Runner:
                 continue
             if known is not None:
                 self._changed += 1
-            yield line
+            self._needed[line.custom_id] = line.id
 
     async def _connected(self) -> None:
-        """Before the first job: the API, and the model for lines that name none."""
-        if self.choice is not None:
-            return
+        """The API, and the model for lines that name none."""
         await self.sender.find()
         providers = await self.sender.providers()
         self.choice = await choose_model(
@@ -163,65 +149,112 @@ class Runner:
     def _watched(self) -> str:
         return f", Flower {self.sender.flower_url}" if self.sender.flower_url else ""
 
-    # ------------------------------------------------------------ sending
+    # ------------------------------------------------------------ batches
 
-    async def _send_forever(self) -> None:
-        while True:
-            line = await self._todo.get()
-            await self._send(line)
-            self._todo.task_done()
-
-    async def _send(self, line: Line) -> None:
+    async def _answer_needed(self) -> None:
+        """Follow the batch of this file, the one an earlier run made or a new one; then another
+        for lines that were not in it, because they had their results by then."""
         assert self.choice is not None
-        model = self.choice.model
-        answer = await self.sender.post("/v1/jobs", line.key(model), line.body(model))
-        while answer.is_success:
-            job: Job = answer.json()
-            again = self._order.retry_failed and "Idempotent-Replay" in answer.headers
-            if job["state"] not in TERMINAL:
-                self._sent.put_nowait((line, job["id"]))
-                return
-            if job["state"] == SUCCEEDED or not again:
-                self._settle(line, job)
-                return
-            # it failed in an earlier run; what retried it then may have failed as well
-            answer = await self.sender.post(f"/v1/jobs/{job['id']}/retry", f"retry-of:{job['id']}")
-        self._settle_refused(line, answer.status_code, _body(answer.text))
+        # the same for the same lines and model, whenever they are sent
+        seed = _digest(self._says.hexdigest(), self.choice.model if self._model_matters else "")
+        while self._needed:
+            key = f"run:{seed}"
+            batch = await self.sender.made_with(key) or await self._send(key)
+            await self._follow_all(batch)
+            seed = _digest(seed, *sorted(self._needed))
 
-    # ------------------------------------------------------------ collecting
-
-    async def _collect_forever(self) -> None:
+    async def _follow_all(self, batch: Batch) -> None:
+        """Follow a batch and the retries of it that there are; and one more if that was asked."""
+        retried = False
         while True:
-            line, job_id = await self._sent.get()
-            crowded = self._sent.qsize() > 0 or self.tally.running > COLLECTORS
-            job = await self.sender.wait(job_id, TURN_S if crowded else WAIT_S)
-            if job["state"] in TERMINAL:
-                self._settle(line, job)
-            else:
-                self._sent.put_nowait((line, job_id))
-            self._sent.task_done()
+            await self._follow(batch)
+            key = f"retry-of:{batch['id']}"
+            again = await self.sender.made_with(key)
+            if again is None and self._order.retry_failed and self._refused and not retried:
+                retried = True
+                again = await self.sender.make(f"/v1/batches/{batch['id']}/retry", key)
+            if again is None:
+                break
+            batch = again
+        for custom_id in self._refused:
+            del self._needed[custom_id]
+        self._failed |= self._refused
+        self._refused.clear()
 
-    def _settle(self, line: Line, job: Job) -> None:
-        self._room.release()
-        self.tally.running -= 1
-        self.tally.count(job["usage"])
-        if job["state"] == SUCCEEDED:
+    async def _send(self, key: str) -> Batch:
+        """Upload the lines that are needed, as a batch's input, and start it."""
+        assert self.choice is not None
+        with tempfile.TemporaryFile() as file:
+            self._lines.seek(0)
+            for number, line in enumerate(read_lines(self._lines)):
+                if number % 500 == 499:
+                    await asyncio.sleep(0)
+                if isinstance(line, Line) and line.custom_id in self._needed:
+                    file.write(_encode(line.batch_line(self.choice.model)) + b"\n")
+            file.seek(0)
+            file_id = await self.sender.upload(f"{self._order.results.name}.input", file)
+        asked = {
+            "input_file_id": file_id,
+            "endpoint": "/v1/chat/completions",
+            "completion_window": WINDOW,
+            "metadata": {"made_by": "backchannel run"},
+        }
+        return await self.sender.make("/v1/batches", key, asked)
+
+    async def _follow(self, batch: Batch) -> None:
+        """Take a batch's results as they come, to its end."""
+        begun = time.monotonic()
+        seen = {"output": 0, "error": 0}
+        while True:
+            # looked at before its files: when it was over then, they are whole
+            batch = (await self.sender.get(f"/v1/batches/{batch['id']}")).json()
+            counts = batch["request_counts"]
+            self.tally.running = counts["total"] - counts["completed"] - counts["failed"]
+            for kind in seen:
+                if batch[f"{kind}_file_id"] is not None:
+                    seen[kind] = await self._take(batch[f"{kind}_file_id"], seen[kind])
+            if batch["status"] in BATCH_TERMINAL:
+                break
+            quick = time.monotonic() - begun < 10
+            await asyncio.sleep(QUICK_LOOK_S if quick else SLOW_LOOK_S)
+        self.tally.running = 0
+        if batch["status"] == FAILED:
+            first = batch["errors"]["data"][0]
+            raise Failure(f"The batch was refused: line {first['line']}: {first['message']}")
+
+    async def _take(self, file_id: str, after: int) -> int:
+        """The lines of a batch's file behind a place; the place of the last one."""
+        while True:
+            path = f"/v1/files/{file_id}/content"
+            lines = (await self.sender.get(path, after=after, limit=PAGE)).content.splitlines()
+            for line in lines:
+                found = json.loads(line)
+                after = found["seq"]
+                self._settle(found)
+            if len(lines) < PAGE:
+                return after
+
+    def _settle(self, found: dict[str, Any]) -> None:
+        custom_id = found["custom_id"]
+        line_id = self._needed.get(custom_id)
+        if line_id is None:
+            return
+        record = results.record_of(line_id, found)
+        response = found["response"] or {}
+        body = response.get("body", {})
+        if "usage" in body:
+            self.tally.count(body["usage"])
+        if response.get("status_code") == results.DONE_STATUS:
             self.tally.done += 1
-            self._results.add(line.custom_id, results.success(line, job))
-            self._errors.drop(line.custom_id)
+            self.tally.failed -= custom_id in self._refused
+            self._refused.discard(custom_id)
+            del self._needed[custom_id]
+            self._results.add(custom_id, record)
+            self._errors.drop(custom_id)
         else:
-            self.tally.failed += 1
-            self._fail(line.custom_id, results.failure(line, job))
-
-    def _settle_refused(self, line: Line, status: int, body: object) -> None:
-        self._room.release()
-        self.tally.running -= 1
-        self.tally.failed += 1
-        self._fail(line.custom_id, results.refusal(line, status, body))
-
-    def _fail(self, key: str, record: dict[str, object]) -> None:
-        self._failed.add(key)
-        self._errors.add(key, record)
+            self.tally.failed += custom_id not in self._refused
+            self._refused.add(custom_id)
+            self._errors.add(custom_id, record)
 
     def _tidy(self) -> None:
         """Make the files last, and leave nothing in them that is no longer so."""
@@ -238,14 +271,5 @@ class Runner:
             )
 
 
-def _first(failures: BaseExceptionGroup[Failure]) -> Failure:
-    for failure in failures.exceptions:
-        return _first(failure) if isinstance(failure, BaseExceptionGroup) else failure
-    raise AssertionError("a group of nothing")
-
-
-def _body(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {"error": {"message": text[:300], "code": "not_json"}}
+def _digest(*words: str) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import ssl
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import httpx2
 import stamina
@@ -22,7 +20,7 @@ PATIENCE_S = 300.0  # an API that restarts, or a database that does, is back soo
 MISSING_S = 3.0  # without an answer for this long, look where the API is now
 BUSY = frozenset({408, 425, 429, 502, 503, 504})
 
-Job = dict[str, Any]
+Batch = dict[str, Any]
 
 
 class _Busy(Exception):
@@ -30,11 +28,7 @@ class _Busy(Exception):
 
 
 class Sender:
-    """One run's connections to the API; every request here may be repeated without harm.
-
-    A client of its own for each request at a time: the library's pool looks at all its connections
-    before each request, which at a hundred of them costs more than the request.
-    """
+    """One run's connection to the API; every request here may be repeated without harm."""
 
     def __init__(self, settings: Settings, tell: Callable[[str], None]) -> None:
         self.stack = OwnStack(settings)
@@ -42,9 +36,7 @@ class Sender:
         self.flower_url: str | None = None
         self._settings = settings
         self._tell = tell
-        self._tls = ssl.create_default_context()
-        self._idle: list[httpx2.AsyncClient] = []
-        self._finding = asyncio.Lock()
+        self._client: httpx2.AsyncClient | None = None
         self._answered = time.monotonic()
         stamina.instrumentation.set_on_retry_hooks([])  # progress is told, not each retry
 
@@ -69,27 +61,16 @@ class Sender:
             self.url = url
 
     async def close(self) -> None:
-        """Let go of the connections; the stack, if it is ours, is another matter."""
-        while self._idle:
-            await self._idle.pop().aclose()
-
-    @contextlib.asynccontextmanager
-    async def _client(self) -> AsyncIterator[httpx2.AsyncClient]:
-        client = self._idle.pop() if self._idle else self._new_client(self.url)
-        try:
-            yield client
-        finally:
-            if client.base_url == self.url:
-                self._idle.append(client)
-            else:  # the API has moved in the meantime
-                await client.aclose()
+        """Let go of the connection; the stack, if it is ours, is another matter."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
 
     def _new_client(self, url: str) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(
             base_url=url,
-            timeout=httpx2.Timeout(60.0, connect=5.0),  # longer than the longest wait for a job
+            timeout=httpx2.Timeout(120.0, connect=5.0),  # a large file is stored meanwhile
             trust_env=not goes_direct(url),
-            verify=self._tls,
         )
 
     async def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
@@ -116,8 +97,8 @@ class Sender:
 
     async def _request(self, method: str, path: str, options: dict[str, Any]) -> httpx2.Response:
         try:
-            async with self._client() as client:
-                answer = await client.request(method, path, **options)
+            self._client = self._client or self._new_client(self.url)
+            answer = await self._client.request(method, path, **options)
         except httpx2.TransportError:
             await self._find_again()
             raise
@@ -128,37 +109,64 @@ class Sender:
 
     async def _find_again(self) -> None:
         """After a while without answers: has the stack moved, or gone with the run that made it?"""
-        async with self._finding:
-            if time.monotonic() - self._answered < MISSING_S:
-                return
-            self._answered = time.monotonic()  # the next look is as far away
-            running = read_running(self._settings)
-            if "api_url" not in self._settings.model_fields_set and (
-                running is None or running.api_url != self.url
-            ):
-                self._tell("The API has gone; looking for it.")
-                with contextlib.suppress(Failure):
-                    await self.find()
+        if time.monotonic() - self._answered < MISSING_S:
+            return
+        self._answered = time.monotonic()  # the next look is as far away
+        running = read_running(self._settings)
+        if "api_url" not in self._settings.model_fields_set and (
+            running is None or running.api_url != self.url
+        ):
+            self._tell("The API has gone; looking for it.")
+            with contextlib.suppress(Failure):
+                await self.find()
 
-    # ------------------------------------------------------------ jobs
+    # ------------------------------------------------------------ what a run asks
 
     async def providers(self) -> list[dict[str, Any]]:
         """What the API can reach."""
-        found: list[dict[str, Any]] = (await self.request("GET", "/v1/providers")).json()["data"]
+        found: list[dict[str, Any]] = (await self.get("/v1/providers")).json()["data"]
         return found
 
-    async def post(self, path: str, key: str, body: Any = None) -> httpx2.Response:
-        """Make a job, or find the one that was made with this key."""
-        options = {} if body is None else {"json": body}
-        return await self.request("POST", path, headers={"Idempotency-Key": key}, **options)
+    async def get(self, path: str, **query: Any) -> httpx2.Response:
+        """What is there.
 
-    async def wait(self, job_id: str, seconds: float) -> Job:
-        """The job, as soon as it is over or the time is up."""
-        answer = await self.request("GET", f"/v1/jobs/{job_id}", params={"wait": f"{seconds:g}"})
-        if not answer.is_success:
-            raise Failure(f"Job {job_id} cannot be read: {answer.text[:300]}")
-        job: Job = answer.json()
-        return job
+        Raises:
+            Failure: It is not.
+        """
+        return _checked(await self.request("GET", path, params=query))
+
+    async def upload(self, name: str, file: BinaryIO) -> str:
+        """Store a batch's input; its id. Again is another file, which nobody needs."""
+        form = {
+            "purpose": "batch",
+            "expires_after[anchor]": "created_at",
+            "expires_after[seconds]": str(30 * 86_400),
+        }
+        answer = await self.request("POST", "/v1/files", data=form, files={"file": (name, file)})
+        file_id: str = _checked(answer).json()["id"]
+        return file_id
+
+    async def make(self, path: str, key: str, body: Any = None) -> Batch:
+        """Make a batch, or find the one that was made with this key."""
+        options = {} if body is None else {"json": body}
+        answer = await self.request("POST", path, headers={"Idempotency-Key": key}, **options)
+        batch: Batch = _checked(answer).json()
+        return batch
+
+    async def made_with(self, key: str) -> Batch | None:
+        """The batch that was made with this key."""
+        found: list[Batch] = (await self.get("/v1/batches", idempotency_key=key)).json()["data"]
+        return found[0] if found else None
+
+
+def _checked(answer: httpx2.Response) -> httpx2.Response:
+    if not answer.is_success:
+        try:
+            why = answer.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            why = f"{answer.status_code} {answer.text[:300]}"
+        raise Failure(f"The API refuses {answer.request.url.path}: {why}")
+    return answer
 
 
 async def _is_ours(url: str) -> bool:

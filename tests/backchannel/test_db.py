@@ -461,18 +461,18 @@ def test_the_partial_indexes_are_partial_in_the_migration_too(database_url: str)
     dialect = engine.dialect.name
     found = {
         index["name"]: " ".join(sorted(_words(index["dialect_options"][f"{dialect}_where"])))
-        for table in ("jobs", "usage")
+        for table in ("jobs", "usage", "batches", "batch_lines")
         for index in inspect(engine).get_indexes(table)
         if index.get("dialect_options", {}).get(f"{dialect}_where") is not None
     }
     engine.dispose()
     wanted = {
         index.name: " ".join(sorted(_words(where)))
-        for table in ("jobs", "usage")
+        for table in ("jobs", "usage", "batches", "batch_lines")
         for index in SQLModel.metadata.tables[table].indexes
         if (where := index.dialect_options[dialect]["where"]) is not None
     }
-    assert len(wanted) == 7
+    assert len(wanted) == 10
     assert found == wanted
 
 

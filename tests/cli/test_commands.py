@@ -18,7 +18,7 @@ import httpx2
 import pytest
 
 from backchannel.cli.main import answer
-from backchannel.db import Database
+from backchannel.db import HEAD, Database
 from backchannel.lifecycle import sign_on
 from tests.servers import free_port
 
@@ -62,7 +62,7 @@ def test_doctor_is_plain_and_fails_when_something_needed_is_broken(
     assert answer(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "✓ redis      Valkey 9." in said
-    assert "✓ database   SQLite, revision 0001" in said
+    assert f"✓ database   SQLite, revision {HEAD}" in said
     assert "\x1b" not in said
     monkeypatch.setenv("BACKCHANNEL_REDIS_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("BACKCHANNEL_DATABASE_URL", "postgresql://127.0.0.1:1/none")

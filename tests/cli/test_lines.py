@@ -58,27 +58,29 @@ def test_a_batch_line_becomes_a_job() -> None:
             },
         }
     )
-    assert line.body("echo:echo-1") == {
-        "messages": [{"role": "user", "content": "Hi"}],
-        "parameters": {"max_tokens": 5},
-        "metadata": {"custom_id": "a"},
-        "model": "openai:gpt-5-mini",  # its own wins
-        "lane": "batch",
-        "stream": False,
+    assert line.batch_line("echo:echo-1") == {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {
+            "model": "openai:gpt-5-mini",  # its own wins
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 5,
+            "metadata": {"custom_id": "a"},
+        },
     }
 
 
 def test_a_prompt_line_becomes_a_job() -> None:
     [line] = good({"prompt": "Hi", "system": "Be brief.", "custom_id": "a", "seed": 7})
-    assert line.body("echo:echo-1") == {
-        "prompt": "Hi",
-        "system": "Be brief.",
-        "parameters": {"seed": 7},
-        "metadata": {"custom_id": "a"},
+    assert line.batch_line("echo:echo-1")["body"] == {
         "model": "echo:echo-1",
-        "lane": "batch",
-        "stream": False,
-    }
+        "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+        ],
+        "seed": 7,
+        "metadata": {"custom_id": "a"},
+    }  # fmt: skip
 
 
 def test_bom_crlf_and_blank_lines_are_no_obstacle() -> None:
@@ -151,16 +153,16 @@ def test_a_line_without_an_id_keeps_its_made_one_when_others_come_before_it() ->
     *_, later, again = good({"prompt": "a"}, {"prompt": "b"}, {"prompt": "b"})
     assert later.custom_id == alone.custom_id
     assert again.custom_id == f"{alone.custom_id}-2"
-    assert later.key("echo:echo-1") == alone.key("echo:echo-1")
+    assert later.digest == alone.digest
     assert same_content(alone.id, later)
 
 
-def test_the_key_changes_with_what_would_be_paid_for() -> None:
+def test_the_digest_changes_with_what_would_be_paid_for() -> None:
     [line] = good({"prompt": "a", "custom_id": "x"})
     [own] = good({"prompt": "a", "custom_id": "x", "model": "m"})
     [other] = good({"prompt": "b", "custom_id": "x"})
-    keys = {line.key("m"), line.key("n"), other.key("m")}
-    assert len(keys) == 3
-    assert own.key("m") == own.key("n") == line.key("m")
+    [same] = good({"custom_id": "x", "prompt": "a"})
+    assert len({line.digest, own.digest, other.digest}) == 3
+    assert same.digest == line.digest
     assert not same_content(line.id, other)
     assert same_content("batch_req_123", line)  # not ours to judge

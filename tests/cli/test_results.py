@@ -9,30 +9,20 @@ from typing import Any
 import pytest
 
 from backchannel.cli import results
-from backchannel.cli.lines import BadLine, Line
+from backchannel.cli.lines import BadLine
 from backchannel.cli.records import Records
 from backchannel.cli.screen import Failure
 
-LINE = Line(3, "c", None, {"prompt": "Hi", "metadata": {"custom_id": "c"}})
-JOB: dict[str, Any] = {
-    "id": "job_123",
-    "state": "succeeded",
-    "model": "openai:gpt-5-mini",
-    "created_at": "2026-11-22T03:00:00.250Z",
-    "finish_reason": "stop",
-    "message": {"role": "assistant", "content": "Hello"},
-    "usage": {
-        "input_tokens": 5,
-        "cached_tokens": 1,
-        "cache_write_tokens": 0,
-        "output_tokens": 7,
-        "reasoning_tokens": 2,
-        "cost_usd": 0.0012,
-        "cost_nanousd": 1_200_000,
-        "price_date": "2026-11-01",
-        "source": "final",
+FOUND: dict[str, Any] = {
+    "id": "batch_req_1_3",
+    "custom_id": "c",
+    "response": {
+        "status_code": 200,
+        "request_id": "job_123",
+        "body": {"model": "openai:gpt-5-mini", "choices": []},
     },
     "error": None,
+    "seq": 7,
 }
 
 
@@ -46,56 +36,23 @@ def opened(path: Path) -> Records:
     return Records(path, lambda record: record["key"], lambda record: record["n"] > 0)
 
 
-def test_a_success_is_an_openai_batch_output_line() -> None:
-    from openai.types.chat import ChatCompletion
-
-    found = results.success(LINE, JOB)
-    assert found["custom_id"] == "c"
-    assert found["id"].startswith("line_3_")
-    assert found["error"] is None
-    assert found["response"]["status_code"] == 200
-    assert found["response"]["request_id"] == "job_123"
-    answer = ChatCompletion.model_validate(found["response"]["body"], strict=True)
-    assert answer.choices[0].message.content == "Hello"
-    assert answer.usage is not None
-    assert (answer.usage.total_tokens, answer.created) == (12, 1795316400)
-    assert found["response"]["body"]["usage"]["cost_usd"] == 0.0012
-
-
-def test_unknown_usage_is_not_zero() -> None:
-    usage = JOB["usage"] | {"input_tokens": None, "output_tokens": None, "source": "unknown"}
-    assert results.completion(JOB | {"usage": usage})["usage"] is None
-
-
-@pytest.mark.parametrize(
-    ("state", "code", "status"),
-    [("failed", "auth", 401), ("failed", "truncated", 502), ("failed", "context_length", 400)],
-)
-def test_a_failure_is_an_http_error_with_the_jobs_id(state: str, code: str, status: int) -> None:
-    job = JOB | {"state": state, "error": {"code": code, "message": "No."}}
-    found = results.failure(LINE, job)
-    assert found["error"] is None
-    assert found["response"]["status_code"] == status
-    assert found["response"]["request_id"] == "job_123"
-    assert found["response"]["body"]["error"]["code"] == code
-
-
-def test_a_job_that_never_answered_has_no_response() -> None:
-    error = {"code": "expired", "message": "Its deadline passed."}
-    found = results.failure(LINE, JOB | {"state": "expired", "error": error})
-    assert found["response"] is None
-    assert found["error"] == {
-        "code": "job_expired", "message": "Its deadline passed.", "job": "job_123",
-    }  # fmt: skip
+def test_a_record_is_the_batch_s_under_the_line_s_own_id() -> None:
+    assert results.record_of("line_3_x", FOUND) == {
+        "id": "line_3_x",
+        "custom_id": "c",
+        "response": FOUND["response"],
+        "error": None,
+    }
 
 
 def test_only_successes_count_as_done(tmp_path: Path) -> None:
     file = results.open_results(tmp_path / "out.jsonl", echo_counts=True)
-    file.add("c", results.success(LINE, JOB))
-    file.add("d", results.refusal(LINE, 400, {}) | {"custom_id": "d"})
+    file.add("c", results.record_of("line_3_x", FOUND))
+    refused = {"custom_id": "d", "response": FOUND["response"] | {"status_code": 400}}
+    file.add("d", results.record_of("line_4_x", FOUND | refused))
     file.close()
     again = results.open_results(tmp_path / "out.jsonl", echo_counts=True)
-    assert again.done == {"c": LINE.id}
+    assert again.done == {"c": "line_3_x"}
 
 
 def test_bad_lines_are_told_apart_by_their_number(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""What a batch would cost: read from its file, line by line, without asking anybody."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from backchannel import files
+from backchannel.batch_input import MAX_FAULTS, Fault, check_lines, too_long
+from backchannel.completions import ask
+from backchannel.db import Database
+from backchannel.errors import InvalidRequest
+from backchannel.files import Chunk
+from backchannel.pricing import Tokens, price
+from backchannel.registry import Registry
+from backchannel.schemas import decode
+
+# A token is three to five characters in most languages and tokenizers; four is usual.
+CHARS_PER_TOKEN = {"low": 5.0, "likely": 4.0, "high": 3.0}
+TOKENS_PER_MESSAGE = 4
+# An answer without a cap of its own: a sentence at least, a long page at most.
+SHORT_ANSWER, LONG_ANSWER = 50, 2_000
+METHOD = (
+    "Input: a token for every 5 (low) or 3 (high) characters of text, and 4 a message. Output: "
+    "50 tokens (low), and the line's own cap or 2,000 (high). Images, cached input and retries are "
+    "not in it. Prices are today's."
+)
+
+
+@dataclass
+class ModelEstimate:
+    """What the lines for one model would use."""
+
+    lines: int = 0
+    chars: int = 0
+    messages: int = 0
+    low_output: int = 0
+    high_output: int = 0
+
+    def input_tokens(self, pace: str) -> int:
+        """The input, at a number of characters per token."""
+        return int(self.chars / CHARS_PER_TOKEN[pace]) + TOKENS_PER_MESSAGE * self.messages
+
+
+@dataclass
+class Estimate:
+    """What a file would use, per model; and what is wrong with it."""
+
+    registry: Registry
+    lines: int = 0
+    bad_lines: int = 0
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    faults_count: int = 0
+    models: dict[str, ModelEstimate] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The estimate as it crosses HTTP; a model of unknown price makes the sums unknown."""
+        models = {model: self._of(model, each) for model, each in sorted(self.models.items())}
+        costs = [each["cost_usd"] for each in models.values()]
+        known = all(cost["low"] is not None for cost in costs)
+        return {
+            "lines": self.lines,
+            "lines_that_would_fail": self.bad_lines,
+            "input_tokens": sum(each["input_tokens"] for each in models.values()),
+            "output_tokens": {
+                bound: sum(each["output_tokens"][bound] for each in models.values())
+                for bound in ("low", "high")
+            },
+            "cost_usd": {
+                bound: sum(cost[bound] for cost in costs) if known else None
+                for bound in ("low", "high")
+            },
+            "models": models,
+            "method": METHOD,
+        }
+
+    def _of(self, model: str, each: ModelEstimate) -> dict[str, Any]:
+        provider_id, _, name = model.partition(":")
+        provider = self.registry.get(provider_id)
+        low = price(provider, name, Tokens(each.input_tokens("low"), each.low_output)).nanousd
+        high = price(provider, name, Tokens(each.input_tokens("high"), each.high_output)).nanousd
+        return {
+            "lines": each.lines,
+            "input_tokens": each.input_tokens("likely"),
+            "output_tokens": {"low": each.low_output, "high": each.high_output},
+            "cost_usd": {
+                "low": None if low is None else low / 1e9,
+                "high": None if high is None else high / 1e9,
+            },
+        }
+
+    def add(self, chunk: Chunk, endpoint: str) -> None:
+        """Count a chunk's lines."""
+        lines = chunk.unpack()
+        heads, faults = check_lines(lines, chunk.first_line, endpoint)
+        self.add_faults(faults)
+        for head in heads:
+            self.lines += 1
+            try:
+                self._add(
+                    lines[head.line - chunk.first_line].removeprefix(b"\xef\xbb\xbf"), endpoint
+                )
+            except InvalidRequest:
+                self.bad_lines += 1
+
+    def add_faults(self, faults: list[Fault]) -> None:
+        """Remember what is wrong with some lines, or how many they are."""
+        self.faults_count += len(faults)
+        room = MAX_FAULTS - len(self.faults)
+        self.faults += [fault._asdict() for fault in faults[:room]]
+
+    def _add(self, raw: bytes, endpoint: str) -> None:
+        asked = ask(endpoint, decode(raw)["body"])
+        its = self.models.setdefault(self.registry.resolve(asked.model).id, ModelEstimate())
+        its.lines += 1
+        its.messages += len(asked.messages)
+        its.chars += len(asked.instructions or "") + sum(map(_chars, asked.messages))
+        limits = [asked.parameters.get(name) for name in ("max_completion_tokens", "max_tokens")]
+        cap = next((limit for limit in limits if isinstance(limit, int)), LONG_ANSWER)
+        its.low_output += min(SHORT_ANSWER, cap)
+        its.high_output += cap
+
+
+def _chars(message: dict[str, Any]) -> int:
+    content = message.get("content")
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part.get("text") or "") for part in content or ())
+
+
+async def estimate(db: Database, registry: Registry, file_id: str, endpoint: str) -> Estimate:
+    """Read a file, a chunk at a time, and say what it would cost."""
+    found, n = Estimate(registry), 0
+    while (chunk := await db.read(lambda c: files.chunk(c, file_id, n))) is not None:  # noqa: B023
+        last = await db.read(lambda c: files.is_last(c, file_id, n))  # noqa: B023
+        if not last and chunk.is_torn():
+            found.add_faults([too_long(chunk.first_line + chunk.lines)])
+        else:
+            await asyncio.to_thread(found.add, chunk, endpoint)
+        n += 1
+    return found

@@ -1,0 +1,163 @@
+"""Batches over HTTP: what is refused, what is promised, what it would cost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from backchannel import batches
+from backchannel.db import Database
+from tests.api.test_files import upload
+from tests.backchannel import batching
+from tests.backchannel.batching import CHAT, line
+
+
+async def create(client: httpx2.AsyncClient, file_id: str, **changes: Any) -> httpx2.Response:
+    headers = {"Idempotency-Key": changes.pop("key")} if "key" in changes else {}
+    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h", **changes}
+    return await client.post("/v1/batches", json=body, headers=headers)
+
+
+async def uploaded(client: httpx2.AsyncClient, *lines: bytes) -> str:
+    file_id: str = (await upload(client, b"\n".join(lines))).json()["id"]
+    return file_id
+
+
+def work(database: Database, batch_id: str, *states: str) -> None:
+    """What the workers would do."""
+    while (batch := batching.row(database, batch_id)).status == "validating":
+        batching.validate_once(database, batch)
+    while (batch := batching.row(database, batch_id)).planned < batch.total:
+        batching.plan_once(database, batch)
+    for job, state in zip(batching.jobs_of(database, batch_id), states, strict=False):
+        batching.finish(database, job.id, state)
+
+
+async def test_a_batch_is_created_read_and_listed(client: httpx2.AsyncClient) -> None:
+    file_id = await uploaded(client, line("a"))
+    made = await create(client, file_id, metadata={"k": "v"}, completion_window="90m")
+    assert made.status_code == 200, made.text
+    batch = made.json()
+    assert batch["status"] == "validating"
+    assert batch["expires_at"] - batch["created_at"] == 5_400
+    assert batch["metadata"] == {"k": "v"}
+    assert (await client.get(f"/v1/batches/{batch['id']}")).json() == batch
+    others = [(await create(client, file_id)).json()["id"] for _ in range(2)]
+    page = (await client.get("/v1/batches", params={"limit": 2})).json()
+    assert [each["id"] for each in page["data"]] == others[::-1]
+    assert page["has_more"]
+    rest = (await client.get("/v1/batches", params={"after": page["last_id"]})).json()
+    assert ([each["id"] for each in rest["data"]], rest["has_more"]) == ([batch["id"]], False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"completion_window": "soon"}, "completion_window"),
+        ({"completion_window": "0h"}, "completion_window"),
+        ({"completion_window": "31d"}, "completion_window"),
+        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"input_file_id": "file-none"}, "input_file_id"),
+        ({"metadata": {"k": 7}}, "metadata.k"),
+        ({"model": "echo"}, "model"),
+    ],
+)
+async def test_what_cannot_be_a_batch_is_refused_by_name(
+    client: httpx2.AsyncClient, changes: dict[str, Any], param: str
+) -> None:
+    answer = await create(client, await uploaded(client, line("a")), **changes)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+async def test_a_file_for_something_else_is_no_input(client: httpx2.AsyncClient) -> None:
+    file_id = (await upload(client, line("a"), "user_data")).json()["id"]
+    assert (await create(client, file_id)).status_code == 400
+
+
+async def test_the_same_key_is_the_same_batch(client: httpx2.AsyncClient) -> None:
+    file_id = await uploaded(client, line("a"))
+    first = await create(client, file_id, key="k")
+    again = await create(client, file_id, key="k")
+    assert again.json() == first.json()
+    assert again.headers["Idempotent-Replay"] == "true"
+    assert (await create(client, file_id, key="k", metadata={})).status_code == 409
+
+
+async def test_faults_are_told_with_their_lines(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    batch_id = (await create(client, await uploaded(client, *[b"{"] * 120))).json()["id"]
+    work(database, batch_id)
+    batch = (await client.get(f"/v1/batches/{batch_id}")).json()
+    assert batch["status"] == "failed"
+    assert [each["line"] for each in batch["errors"]["data"]] == [*range(1, 101), None]
+    assert batch["errors"]["data"][-1]["message"] == "20 more lines are not right."
+    assert (batch["output_file_id"], batch["error_file_id"]) == (None, None)
+    refused = await client.post(f"/v1/batches/{batch_id}/retry")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "nothing_to_retry")
+
+
+async def test_results_are_read_while_it_runs_and_gone_on_from(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    batch_id = (await create(client, await uploaded(client, *map(line, "abc")))).json()["id"]
+    work(database, batch_id, "succeeded", "failed")
+    batch = (await client.get(f"/v1/batches/{batch_id}")).json()
+    assert batch["request_counts"] == {"total": 3, "completed": 1, "failed": 1}
+    assert batch["usage"]["total_tokens"] == 30
+    content = f"/v1/files/{batch['output_file_id']}/content"
+    (record,) = map(json.loads, (await client.get(content)).text.splitlines())
+    assert (record["custom_id"], "seq" in record) == ("a", False)
+    (record,) = map(json.loads, (await client.get(content, params={"after": 0})).text.splitlines())
+    assert (await client.get(content, params={"after": record["seq"]})).text == ""
+    for path in (batch["input_file_id"], batch["output_file_id"]):
+        assert (await client.delete(f"/v1/files/{path}")).json()["error"]["code"] == "file_in_use"
+    early = await client.post(f"/v1/batches/{batch_id}/retry")
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "not_finished")
+
+    cancelled = (await client.post(f"/v1/batches/{batch_id}/cancel")).json()
+    assert (cancelled["status"], cancelled["cancelling_at"] is not None) == ("cancelling", True)
+    assert (await client.post("/v1/batches/batch_none/cancel")).status_code == 404
+
+
+async def test_an_end_without_errors_names_no_error_file(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    batch_id = (await create(client, await uploaded(client, line("a")))).json()["id"]
+    work(database, batch_id, "succeeded")
+    database.write_now(lambda c: batches.finalize(c, batch_id))
+    batching.end(database, batch_id)
+    batch = (await client.get(f"/v1/batches/{batch_id}")).json()
+    assert batch["error_file_id"] is None
+    size = (await client.get(f"/v1/files/{batch['output_file_id']}")).json()["bytes"]
+    assert size == 1  # as the test said it is
+    assert (await client.post(f"/v1/batches/{batch_id}/retry")).status_code == 409
+
+
+async def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(
+    client: httpx2.AsyncClient, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 100}
+    lines = [
+        line("a", body=body | {"model": "echo"}),
+        line("b", body=body | {"model": "ollama:llama3.2"}),
+        line("c", body=body | {"model": "nobody:x"}),
+    ]
+    file_id = await uploaded(client, *lines)
+    batch = (await create(client, file_id, x_backchannel={"dry_run": True})).json()
+    found = batch["x_backchannel"]["estimate"]
+    assert (found["lines"], found["lines_that_would_fail"]) == (3, 1)
+    assert found["models"]["echo:echo-1"] == {
+        "lines": 1,
+        "input_tokens": 104,
+        "output_tokens": {"low": 50, "high": 100},
+        "cost_usd": {"low": 0, "high": 0},
+    }
+    assert found["cost_usd"] == {"low": 0, "high": 0}
+    assert "characters" in found["method"]
+    assert (await client.get("/v1/batches")).json()["data"] == []
+    bad = await create(client, await uploaded(client, b"{"), x_backchannel={"dry_run": True})
+    assert (bad.json()["status"], bad.json()["errors"]["data"][0]["line"]) == ("failed", 1)
