@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
 from api import (
@@ -40,6 +43,10 @@ from backchannel.settings import Settings, get_settings
 GRACE_S = 5
 
 
+_TELEMETRY = re.compile("OTEL_")
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The application; its lifespan opens and closes what the process owns."""
 
@@ -49,7 +56,14 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.resources = await open_resources(settings, stack)
             yield
 
-    app = FastAPI(title="Backchannel", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="Backchannel",
+        version=__version__,
+        lifespan=lifespan,
+        # FastAPI would ask the environment at every request whether somebody wants its spans
+        telemetry=None if any(map(_TELEMETRY.match, os.environ)) else _NO_TELEMETRY,
+    )
+    app.include_router(jobs.direct)  # the first is found the soonest
     for module in (
         jobs, files, batches, sessions, chat, responses, messages, models, usage, providers, health,
     ):  # fmt: skip

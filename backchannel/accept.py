@@ -58,6 +58,7 @@ class Accepted(NamedTuple):
     job_id: str
     created: bool
     doorbell: Doorbell | None
+    created_ms: int
 
 
 _values = {
@@ -71,10 +72,10 @@ _values = {
         )
     },
     "state": literal(QUEUED),
-    "created_ms": NOW,
-    "run_ms": NOW,
-    "deadline_ms": NOW + bindparam("deadline_in_ms"),
-    "rung_ms": case((bindparam("ring") == True, NOW), else_=None),  # noqa: E712
+    "created_ms": bindparam("now"),
+    "run_ms": bindparam("now"),
+    "deadline_ms": bindparam("deadline"),
+    "rung_ms": bindparam("rung"),
     "rank": literal(1),
     "attempt": literal(0),
     "retries": literal(0),
@@ -87,7 +88,9 @@ _INSERT_JOB: dict[str, Insert] = {
     .on_conflict_do_nothing()
     .returning(jobs.c.id),
 }
-_SAME_KEY = select(jobs.c.id, jobs.c.request_hash).where(
+_INSERT_JOBS = insert(jobs).values(_values)
+_NOW = select(NOW)
+_SAME_KEY = select(jobs.c.id, jobs.c.request_hash, jobs.c.created_ms).where(
     jobs.c.caller == bindparam("who"), jobs.c.idempotency_key == bindparam("key")
 )
 _switching = and_(
@@ -137,9 +140,8 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
         Conflict: The idempotency key was used for another request.
         NotFound: No such session for this caller.
     """
-    job_id = new_id("job")
-    ring = new.lane == INTERACTIVE  # a batch waits for the dispatcher's window
-    row = _row(job_id, new, ring=ring)
+    job_id, now = new_id("job"), connection.execute(_NOW).scalar_one()
+    row = _row(job_id, new, now)
     if connection.execute(_INSERT_JOB[connection.dialect.name], row).first() is None:
         same = connection.execute(_SAME_KEY, {"who": new.caller, "key": new.idempotency_key}).one()
         if same.request_hash != new.request_hash:
@@ -147,32 +149,35 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
                 "This Idempotency-Key was used for another request. Use a new key for a new body.",
                 code="idempotency_mismatch",
             )
-        return Accepted(same.id, created=False, doorbell=None)
+        return Accepted(same.id, created=False, doorbell=None, created_ms=same.created_ms)
     connection.execute(insert(requests), _request(job_id, new))
-    bell = Doorbell(job_id, new.lane, f"{new.provider}:{new.model}", 1) if ring else None
+    bell = _bell(job_id, new)
     if new.session_id is not None:
         bell = _enter_session(connection, job_id, new)
-    return Accepted(job_id, created=True, doorbell=bell)
+    return Accepted(job_id, created=True, doorbell=bell, created_ms=now)
 
 
-_INSERT_JOBS = insert(jobs).values(_values)
+def accept_many(connection: Connection, new: Sequence[NewJob]) -> list[Accepted]:
+    """Write jobs without key or session, at a tenth of the cost of one `accept` each.
 
-
-def accept_many(connection: Connection, new: Sequence[NewJob]) -> list[str]:
-    """Write jobs without key or session, as the lines of a batch are; returns their ids.
-
-    The dispatcher rings for them. Somebody else's guard says that they are not there yet.
+    Lines of a batch are accepted so; somebody else's guard says that they are not there yet.
     """
     if not new:
         return []
-    ids = [new_id("job") for _ in new]
-    both = list(zip(ids, new, strict=True))
-    connection.execute(_INSERT_JOBS, [_row(job_id, each, ring=False) for job_id, each in both])
+    now = connection.execute(_NOW).scalar_one()
+    both = [(new_id("job"), each) for each in new]
+    connection.execute(_INSERT_JOBS, [_row(job_id, each, now) for job_id, each in both])
     connection.execute(insert(requests), [_request(job_id, each) for job_id, each in both])
-    return ids
+    return [Accepted(job_id, True, _bell(job_id, each), now) for job_id, each in both]
 
 
-def _row(job_id: str, new: NewJob, *, ring: bool) -> dict[str, Any]:
+def _bell(job_id: str, new: NewJob) -> Doorbell | None:
+    if new.lane != INTERACTIVE:
+        return None  # a batch waits for the dispatcher's window
+    return Doorbell(job_id, new.lane, f"{new.provider}:{new.model}", 1)
+
+
+def _row(job_id: str, new: NewJob, now: int) -> dict[str, Any]:
     return {
         "job": job_id,
         "new_caller": new.caller,
@@ -190,8 +195,9 @@ def _row(job_id: str, new: NewJob, *, ring: bool) -> dict[str, Any]:
         "new_batch_id": new.batch_id,
         "new_line": new.line,
         "new_meta": new.meta,
-        "deadline_in_ms": int(new.deadline_s * 1000),
-        "ring": ring,
+        "now": now,
+        "deadline": now + int(new.deadline_s * 1000),
+        "rung": now if new.lane == INTERACTIVE else None,
     }
 
 

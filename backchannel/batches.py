@@ -433,7 +433,7 @@ def plan(
     ).first()
     if row is None:
         return False
-    ids = accept_many(connection, new)
+    ids = [accepted.job_id for accepted in accept_many(connection, new)]
     if ids:
         connection.execute(
             _IS_JOB,

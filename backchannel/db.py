@@ -11,8 +11,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import stamina
 import structlog
 from sqlalchemy import BigInteger, Connection, Engine, create_engine, event, make_url
@@ -25,6 +26,7 @@ from backchannel.errors import SetupError, Unavailable
 
 log = structlog.get_logger()
 T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741
 Work = Callable[[Connection], T]
 
 # Rows of one group commit; past a few hundred a larger commit only delays its first row.
@@ -55,6 +57,17 @@ def _now_ms_sqlite(_element: Any, _compiler: Any, **_kw: Any) -> str:
 PATIENCE_S = 20.0
 
 
+def _encode_json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+# JSON columns are on every path: four times as fast as the standard library's
+_JSON: dict[str, Any] = {
+    "json_serializer": _encode_json,
+    "json_deserializer": msgspec.json.decode,
+}
+
+
 def create(url: str, *, limited: bool = False) -> Engine:
     """An engine whose transactions on SQLite start with BEGIN IMMEDIATE.
 
@@ -67,7 +80,7 @@ def create(url: str, *, limited: bool = False) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
         engine = create_engine(
-            parsed, pool_size=8, max_overflow=0, pool_timeout=5, pool_pre_ping=True
+            parsed, pool_size=8, max_overflow=0, pool_timeout=5, pool_pre_ping=True, **_JSON
         )
         if limited:
             event.listen(engine, "do_connect", _connect_limited)
@@ -83,6 +96,7 @@ def create(url: str, *, limited: bool = False) -> Engine:
         pool_size=8,
         max_overflow=0,
         connect_args={"timeout": BUSY_S, "isolation_level": None},
+        **_JSON,
     )
 
     @event.listens_for(engine, "connect")
@@ -148,7 +162,15 @@ class _Awaited:
             self._future.set_result(self._result)
 
 
+class _Part(NamedTuple):
+    """One item of a work that is done for all items of a group together."""
+
+    together: Callable[[Connection, list[Any]], list[Any]]
+    item: Any
+
+
 _Reply = Future[Any] | _Awaited
+_Asked = Work[Any] | _Part
 
 
 def _settle(replies: Sequence[_Reply]) -> None:
@@ -189,7 +211,7 @@ class Database:
     def __init__(self, url: str, *, name: str) -> None:
         self.engine = create(url, limited=True)
         self._readers = ThreadPoolExecutor(4, thread_name_prefix=f"{name}-db-reader")
-        self._queue: queue.SimpleQueue[tuple[Work[Any], _Reply] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[_Asked, _Reply] | None] = queue.SimpleQueue()
         self._closed = False
         self._writer = threading.Thread(
             target=self._write_forever, name=f"{name}-db-writer", daemon=True
@@ -202,12 +224,26 @@ class Database:
         Raises:
             Unavailable: The database does not answer; the work may or may not have happened.
         """
+        result: T = await self._wait_for(work)
+        return result
+
+    async def write_together(
+        self, together: Callable[[Connection, list[I]], list[T]], item: I
+    ) -> T:
+        """`write` for what costs far less for many at once: one call for all items of a group.
+
+        Args:
+            together: Answers for its items one by one, in their order.
+        """
+        result: T = await self._wait_for(_Part(together, item))
+        return result
+
+    async def _wait_for(self, asked: _Asked) -> Any:
         with _patience():
             async with asyncio.timeout(PATIENCE_S):
                 reply = _Awaited()
-                self._put(work, reply)
-                result: T = await reply
-                return result
+                self._put(asked, reply)
+                return await reply
 
     def submit(self, work: Work[T]) -> Future[T]:
         """`write` for threads: the future completes once the work is durable."""
@@ -215,12 +251,12 @@ class Database:
         self._put(work, future)
         return future
 
-    def _put(self, work: Work[Any], reply: _Reply) -> None:
+    def _put(self, asked: _Asked, reply: _Reply) -> None:
         if self._closed:
             reply.set_exception(_closed())
             _settle([reply])
         else:
-            self._queue.put((work, reply))
+            self._queue.put((asked, reply))
 
     async def read(self, work: Work[T]) -> T:
         """Run a reading function on a reader thread.
@@ -282,12 +318,12 @@ class Database:
                 self._commit(group)
                 _settle([reply for _, reply in group])
 
-    def _commit(self, group: Sequence[tuple[Work[Any], _Reply]], tries: int = 5) -> bool:
+    def _commit(self, group: Sequence[tuple[_Asked, _Reply]], tries: int = 5) -> bool:
         """Write a group; tells whether its transaction waited for a lock in vain."""
         try:
             with self.engine.begin() as connection:
                 connection.info.pop(_AT_END, None)  # of a transaction that was rolled back
-                results = [work(connection) for work, _ in group]
+                results = _do(connection, [asked for asked, _ in group])
                 for do, items in connection.info.pop(_AT_END, {}).items():
                     do(connection, items)
         except BaseException as error:
@@ -304,13 +340,28 @@ class Database:
             future.set_result(result)
         return False
 
-    def _commit_each(self, group: Sequence[tuple[Work[Any], _Reply]], tries: int) -> None:
+    def _commit_each(self, group: Sequence[tuple[_Asked, _Reply]], tries: int) -> None:
         held_up = 0
         for each in group:
             if held_up < 2:
                 held_up += self._commit([each], tries)
             else:  # no single row: the whole table is locked, and each would wait 5 s to hear it
                 each[1].set_exception(_busy("others hold locks"))
+
+
+def _do(connection: Connection, group: list[_Asked]) -> list[Any]:
+    results: list[Any] = [None] * len(group)
+    parts: dict[Any, list[int]] = {}
+    for place, asked in enumerate(group):
+        if isinstance(asked, _Part):
+            parts.setdefault(asked.together, []).append(place)
+        else:
+            results[place] = asked(connection)
+    for together, places in parts.items():
+        items = [group[place].item for place in places]  # type: ignore[union-attr]
+        for place, result in zip(places, together(connection, items), strict=True):
+            results[place] = result
+    return results
 
 
 @contextmanager

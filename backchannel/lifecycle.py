@@ -22,6 +22,7 @@ from sqlalchemy import (
     case,
     delete,
     exists,
+    func,
     insert,
     literal,
     select,
@@ -416,11 +417,22 @@ class Lapsed(NamedTuple):
     attempt: int
     crashes: int  # with this one, if it counts
     age_ms: int
+    deaths: int  # of workers, since it first ran
+
+    def is_poison(self, max_crashes: int) -> bool:
+        """Whether it is the job that kills workers.
+
+        Not while most of those that died meanwhile died without it: then something else kills
+        them, and an innocent job would be failed for having been there three times.
+        """
+        suspected = self.crashes >= max_crashes and 2 * self.crashes >= self.deaths
+        return suspected or self.crashes >= PATIENCE * max_crashes
 
 
 # Who died before its provider call was on record was hardly killed by the job: a worker that has
 # just started takes many and imports the SDK first. That this goes on for ever it does count.
 MOST_UNCALLED = 10
+PATIENCE = 3  # times the crashes allowed, for a job that workers also die without
 _counts = case(
     (
         exists().where(
@@ -433,16 +445,30 @@ _counts = case(
     (jobs.c.attempt >= MOST_UNCALLED, 1),
     else_=0,
 )
+_deaths = (
+    select(func.count())
+    .select_from(workers)
+    .where(
+        workers.c.seen_ms >= jobs.c.started_ms - bindparam("lease_in_ms"),
+        workers.c.seen_ms < NOW - bindparam("lease_in_ms"),
+    )
+    .scalar_subquery()
+)
 _LAPSED = (
-    select(jobs.c.id, jobs.c.attempt, jobs.c.crashes + _counts, NOW - jobs.c.created_ms)
+    select(jobs.c.id, jobs.c.attempt, jobs.c.crashes + _counts, NOW - jobs.c.created_ms, _deaths)
     .where(state_is(RUNNING), jobs.c.lease_ms < NOW)
     .limit(1000)
 )
 
 
-def lapsed(connection: Connection) -> list[Lapsed]:
-    """The running jobs whose worker has gone silent."""
-    return [Lapsed(*row) for row in connection.execute(_LAPSED)]
+def lapsed(connection: Connection, lease_s: float = 20.0) -> list[Lapsed]:
+    """The running jobs whose worker has gone silent.
+
+    Args:
+        lease_s: A worker not heard of for this long is dead.
+    """
+    rows = connection.execute(_LAPSED, {"lease_in_ms": int(lease_s * 1000)})
+    return [Lapsed(*row) for row in rows]
 
 
 def _reaped(statement: Update) -> Update:

@@ -141,6 +141,8 @@ def check_parameters(parameters: dict[str, Any], provider: Provider) -> dict[str
         UnsupportedParameter: Unknown, or not for this type of provider.
         InvalidRequest: The wrong JSON type, or a value that cannot be served (``n`` > 1).
     """
+    if not parameters:
+        return {}
     kept = {name: value for name, value in parameters.items() if value is not None}
     taken = BY_TYPE[provider.type]
     for name, value in kept.items():

@@ -171,7 +171,8 @@ async def calls_that_would_never_end(world: World, full: bool) -> dict[str, Any]
     for script, took_s in _durations(world):
         if script in limits:
             late.append(took_s - limits[script])
-            assert -0.1 < late[-1] < 1.5, f"{script} took {took_s:.1f} s, not {limits[script]}"
+            # the worker counts from before its request goes out, the provider from when it came
+            assert -1.0 < late[-1] < 1.5, f"{script} took {took_s:.1f} s, not {limits[script]}"
     codes = {row.error_code for row in world.rows("SELECT * FROM jobs WHERE state = 'failed'")}
     assert codes == {"stalled"}, codes
     assert len(late) == len(DIALECTS) * len(limits)

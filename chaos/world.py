@@ -162,7 +162,8 @@ class World:
                 self.accepted[job_id] = prompt
                 made.append(job_id)
 
-        limits = httpx2.Limits(max_connections=at_once)
+        # below the server's 5 s: a request on a connection it just closed would be no answer
+        limits = httpx2.Limits(max_connections=at_once, keepalive_expiry=2)
         async with httpx2.AsyncClient(base_url=self.stack.url, timeout=60, limits=limits) as client:
             await asyncio.gather(*[one(client, number) for number in range(count)])
         return made

@@ -54,8 +54,8 @@ async def _expire_forever(process: Process) -> None:
 
 async def reap(process: Process) -> None:
     """Put jobs of dead workers back at the head of the line, or fail the ones that kill workers."""
-    for job in await process.db.write(lifecycle.lapsed):
-        if job.crashes < process.settings.max_crashes:
+    for job in await process.db.write(partial(lifecycle.lapsed, lease_s=process.settings.lease_s)):
+        if not job.is_poison(process.settings.max_crashes):
             if await process.db.write(
                 partial(lifecycle.reap, job_id=job.job_id, attempt=job.attempt)
             ):

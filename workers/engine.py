@@ -67,7 +67,8 @@ async def run(process: Process, job_id: str) -> Report | None:
         process.hoping += 1
         try:
             async with process.last_chance:
-                report, _ = await _attempt(process, job_id, crashes_below=last + 1)
+                most = lifecycle.PATIENCE * (last + 1)
+                report, _ = await _attempt(process, job_id, crashes_below=most)
         finally:
             process.hoping -= 1
     return report

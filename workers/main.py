@@ -27,6 +27,9 @@ def run(jobs_in_flight: int | None = None) -> int:
     migrate(settings.database)
     from workers.pool import AsyncioPool
     from workers.tasks import app
+    from workers.thrift import ThriftyConsumer, reuse_clients
+
+    reuse_clients()
 
     @worker_ready.connect(weak=False)
     def _ready(**_: object) -> None:
@@ -40,6 +43,7 @@ def run(jobs_in_flight: int | None = None) -> int:
     worker: WorkController = app.Worker(
         hostname=f"worker-{os.getpid()}@{socket.gethostname()}",
         pool_cls=AsyncioPool,
+        consumer_cls=ThriftyConsumer,
         concurrency=slots,
         loglevel=settings.log_level.upper(),
         # workers need not know each other: the database and the caretaker are their agreement

@@ -30,6 +30,7 @@ from backchannel.tables import (
     SUCCEEDED,
     TERMINAL,
     jobs,
+    workers,
 )
 from tests.makers import (
     LEASE_S,
@@ -493,6 +494,30 @@ def test_crashes_before_the_call_count_once_there_are_too_many(database: Databas
         found += [each.crashes for each in database.read_now(lifecycle.lapsed)]
         assert database.write_now(lambda c, attempt=attempt: lifecycle.reap(c, job_id, attempt))
     assert found == [0] * (lifecycle.MOST_UNCALLED - 1) + [1, 2, 3]
+
+
+def test_a_job_is_no_poison_while_most_workers_die_without_it(database: Database) -> None:
+    job_id = queued(database)
+    calling(database, job_id, "worker-0")
+    lapse(database, job_id)
+    change(database, job_id, crashes=2)
+
+    def found(first: int, last: int) -> lifecycle.Lapsed:
+        for number in range(first, last):
+            database.write_now(
+                lambda c, number=number: lifecycle.sign_on(c, f"dead-{number}", "host", 1, 1)
+            )
+        # heard of since the job began, and not lately
+        seen = row(database, job_id).started_ms
+        database.write_now(lambda c: c.execute(workers.update().values(seen_ms=seen)))
+        return database.read_now(lambda c: lifecycle.lapsed(c, lease_s=0))[0]
+
+    few, many = found(0, 6), found(6, 7)
+    assert (few.crashes, few.deaths, few.is_poison(3)) == (3, 6, True)
+    assert many.deaths > 2 * many.crashes
+    assert not many.is_poison(3)
+    # but it cannot loop
+    assert many._replace(crashes=9).is_poison(3)
 
 
 def test_a_job_that_takes_its_workers_with_it_fails_as_poison(database: Database) -> None:
