@@ -15,101 +15,23 @@ from api.faces import (
     Face,
     Found,
     LeavingCancels,
-    Ours,
     delete,
     failure_of,
     find,
     finished,
     found_of,
-    naming,
     stream,
 )
 from api.jobs import checked, submit
-from backchannel.completion import completion
-from backchannel.schemas import (
-    CreateJob,
-    Message,
-    Metadata,
-    Name,
-    ToolCall,
-    ToolCallFunction,
-    check_message,
-)
+from backchannel.chat_input import CreateChat
+from backchannel.chat_output import PREFIX, completion
+from backchannel.errors import naming
+from backchannel.schemas import Metadata
 from backchannel.tables import SUCCEEDED, jobs
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"], route_class=StrictRoute)
 
-CHAT = Face("chat.completion", "chatcmpl-")
-
-
-# ---------------------------------------------------------------- requests
-
-
-class _CalledFunction(ToolCallFunction):
-    parsed_arguments: Any = None  # of the SDK's `parse`
-
-
-class _Called(ToolCall):
-    index: int | None = None  # of the SDK's streams
-    function: _CalledFunction
-
-
-class ChatMessage(Message):
-    """A message as sent; an answer may be sent back with all that an SDK has added to it."""
-
-    tool_calls: list[_Called] | None = None  # type: ignore[assignment]  # read only
-    annotations: Any = None
-    audio: None = None
-    function_call: None = None
-    parsed: Any = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """The message without what is not for the provider."""
-        said = self.model_dump(
-            exclude_unset=True,
-            exclude={
-                "annotations": True,
-                "audio": True,
-                "function_call": True,
-                "parsed": True,
-                "reasoning": True,
-                "reasoning_content": True,
-                "tool_calls": {"__all__": {"index": True, "function": {"parsed_arguments"}}},
-            },
-        )
-        return {
-            name: value for name, value in said.items() if value is not None or name == "content"
-        }
-
-
-class StreamOptions(BaseModel):
-    """Of a stream."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    include_usage: bool | None = None
-
-
-class CreateChat(BaseModel):
-    """A chat to be answered; every further field is a parameter, judged like those of a job."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    model: Name | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    store: bool | None = Field(None, description="Every job is stored.")
-    metadata: Metadata | None = None
-    x_backchannel: Ours = Ours()
-
-    def chat(self) -> list[dict[str, Any]]:
-        """The messages, each with what its role needs."""
-        for number, message in enumerate(self.messages):
-            check_message(message, f"messages[{number}]")
-        return [each.plain() for each in self.messages]
+CHAT = Face("chat.completion", PREFIX)
 
 
 class UpdateChat(BaseModel):
@@ -134,19 +56,9 @@ async def create_chat(
     leaving_cancels: LeavingCancels = False,
 ) -> Response | dict[str, Any]:
     """Answer a chat, as soon as its job is done; or stream it."""
-    ours = asked.x_backchannel
-    order = CreateJob.model_construct(
-        model=asked.model,
-        session=ours.session,
-        lane=ours.lane,
-        deadline_s=ours.deadline_s,
-        metadata=asked.metadata,
-        parameters=asked.model_extra,
-        stream=bool(asked.stream),
-    )
     sent = asked.model_dump(exclude_unset=True)
-    with naming({}):
-        new = await checked(its, caller, order, asked.chat(), key, face=(CHAT.kind, sent))
+    with naming(asked.NAMES):
+        new = await checked(its, caller, asked.order(), asked.chat(), key, face=(CHAT.kind, sent))
     job = await submit(its, new, response)
     if asked.stream:
         found = await find(its, caller, CHAT, CHAT.id_of(job.id))
@@ -169,8 +81,9 @@ def _shown(found: Found) -> dict[str, Any]:
     if job.state != SUCCEEDED:
         raise failure_of(job)
     usage = None if job.usage is None else job.usage.model_dump()
-    shown = completion(job.id, found.created_s, job.model, job.message, job.finish_reason, usage)
-    return shown | {"metadata": job.metadata}
+    return completion(
+        job.id, found.created_s, job.model, job.message, job.finish_reason, usage, job.metadata
+    )
 
 
 # ---------------------------------------------------------------- stored

@@ -6,10 +6,9 @@ from typing import Any
 
 import msgspec
 
-from api.faces import failure
 from backchannel import events
-from backchannel.completion import call_id, chat_usage
-from backchannel.errors import BackchannelError, JobFailed
+from backchannel.chat_output import PREFIX, chat_usage
+from backchannel.errors import BackchannelError, JobFailed, job_failed
 from backchannel.events import Event, fields
 from backchannel.tables import SUCCEEDED
 
@@ -32,7 +31,7 @@ class Chunks:
         self._said = False  # something of the answer has gone out
         self._calls: dict[int, int] = {}  # the provider's number of a tool call → its place
         self._head = {
-            "id": f"chatcmpl-{job_id.removeprefix('job_')}",
+            "id": PREFIX + job_id.removeprefix("job_"),
             "object": "chat.completion.chunk",
             "created": created_s,
             "model": model,
@@ -70,13 +69,12 @@ class Chunks:
         function = {"arguments": own["arguments"]}
         if not first:
             return {"index": index, "function": function}
-        given = call_id(self._job_id, index, own.get("id"))
-        named = {"name": own.get("name", ""), **function}
-        return {"index": index, "id": given, "type": "function", "function": named}
+        named = {"name": own["name"], **function}
+        return {"index": index, "id": own["id"], "type": "function", "function": named}
 
     def _end(self, own: dict[str, Any]) -> list[bytes]:
         if own["state"] != SUCCEEDED:
-            return self._break_off(failure(self._job_id, own["state"], own["error"]))
+            return self._break_off(job_failed(self._job_id, own["state"], own["error"]))
         frames = [self._chunk({}, own["finish_reason"] or "stop")]
         if self._include_usage:
             frames.append(frame({**self._head, "choices": [], "usage": chat_usage(own["usage"])}))

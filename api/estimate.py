@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backchannel import files
-from backchannel.batch_input import MAX_FAULTS, Fault, check_lines, too_long
-from backchannel.completions import ask
+from backchannel.batch_input import MAX_FAULTS, Asked, Fault, ask, check_lines, too_long
 from backchannel.db import Database
 from backchannel.errors import InvalidRequest
 from backchannel.files import Chunk
 from backchannel.pricing import Tokens, price
 from backchannel.registry import Registry
-from backchannel.schemas import decode
 
 # A token is three to five characters in most languages and tokenizers; four is usual.
 CHARS_PER_TOKEN = {"low": 5.0, "likely": 4.0, "high": 3.0}
@@ -98,9 +96,7 @@ class Estimate:
         for head in heads:
             self.lines += 1
             try:
-                self._add(
-                    lines[head.line - chunk.first_line].removeprefix(b"\xef\xbb\xbf"), endpoint
-                )
+                self._add(ask(endpoint, lines[head.line - chunk.first_line], self.registry))
             except InvalidRequest:
                 self.bad_lines += 1
 
@@ -110,12 +106,11 @@ class Estimate:
         room = MAX_FAULTS - len(self.faults)
         self.faults += [fault._asdict() for fault in faults[:room]]
 
-    def _add(self, raw: bytes, endpoint: str) -> None:
-        asked = ask(endpoint, decode(raw)["body"])
-        its = self.models.setdefault(self.registry.resolve(asked.model).id, ModelEstimate())
+    def _add(self, asked: Asked) -> None:
+        its = self.models.setdefault(asked.resolved.id, ModelEstimate())
         its.lines += 1
         its.messages += len(asked.messages)
-        its.chars += len(asked.instructions or "") + sum(map(_chars, asked.messages))
+        its.chars += len(asked.order.system or "") + sum(map(_chars, asked.messages))
         limits = [asked.parameters.get(name) for name in ("max_completion_tokens", "max_tokens")]
         cap = next((limit for limit in limits if isinstance(limit, int)), LONG_ANSWER)
         its.low_output += min(SHORT_ANSWER, cap)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from fastapi import BackgroundTasks, Header, Request
-from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, and_, bindparam
 from sse_starlette import EventSourceResponse
 from starlette.types import Message
@@ -20,15 +19,15 @@ from backchannel.background import end
 from backchannel.errors import (
     BackchannelError,
     Conflict,
-    InvalidRequest,
     JobFailed,
     NotFound,
     Unavailable,
+    job_failed,
 )
 from backchannel.events import Event
 from backchannel.forget import forget
 from backchannel.schemas import JOB, Job, job_of
-from backchannel.tables import CANCELLED, TERMINAL, jobs, requests
+from backchannel.tables import TERMINAL, jobs, requests
 
 FAREWELL_S = 2.0  # what a stream has to say why it ends, when the process stops
 
@@ -40,16 +39,6 @@ LeavingCancels = Annotated[
         description="true: whoever hangs up before the end does not want the answer any more.",
     ),
 ]
-
-
-class Ours(BaseModel):
-    """What a face's request may say beyond its own form, in `x_backchannel`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    lane: Literal["interactive", "batch"] = "interactive"
-    session: str | None = None
-    deadline_s: float | None = Field(None, gt=0)
 
 
 @dataclass(frozen=True)
@@ -114,17 +103,6 @@ async def find(its: Resources, caller: str, face: Face, public_id: str) -> Found
     return found_of(row)
 
 
-@contextlib.contextmanager
-def naming(names: dict[str, str]) -> Iterator[None]:
-    """Errors name the fields of the face, as the client knows them, not those of a job."""
-    try:
-        yield
-    except InvalidRequest as error:
-        named = (error.param or "").removeprefix("parameters.")
-        error.param = names.get(named, named) or None
-        raise
-
-
 # ---------------------------------------------------------------- wait
 
 
@@ -169,18 +147,9 @@ def _unfinished(job_id: str) -> Unavailable:
     return error
 
 
-def failure(job_id: str, state: str, error: dict[str, Any] | None) -> JobFailed:
-    """The error of a job that did not succeed."""
-    if state == CANCELLED:
-        return JobFailed("The job was cancelled.", code="cancelled", job_id=job_id)
-    known = error or {"code": "internal_error", "message": None}
-    message = known["message"] or f"The job ended with {known['code']}."
-    return JobFailed(message, code=known["code"], job_id=job_id)
-
-
 def failure_of(job: Job) -> JobFailed:
-    """The same, from its row."""
-    return failure(job.id, job.state, None if job.error is None else job.error.model_dump())
+    """The error of a job that did not succeed."""
+    return job_failed(job.id, job.state, None if job.error is None else job.error.model_dump())
 
 
 # ---------------------------------------------------------------- stream

@@ -36,7 +36,7 @@ from api.message_events import error_body
 from backchannel import __version__
 from backchannel.db import migrate
 from backchannel.errors import BackchannelError, InvalidRequest, NotFound, SetupError
-from backchannel.schemas import place_of
+from backchannel.schemas import not_valid, place_of
 from backchannel.settings import Settings, get_settings
 
 # Streams are told to stop at once; what is still being answered gets this long.
@@ -99,24 +99,14 @@ def _invalid(error: RequestValidationError) -> InvalidRequest:
         return InvalidRequest(
             "Send JSON, with the header Content-Type: application/json.", param=None
         )
-    named: list[tuple[str, dict[str, Any]]] = []
-    for each in error.errors():
-        where, *loc = each["loc"]
-        if where == "body":
-            place = place_of(loc, error.body, missing=each["type"] == "missing")
-        else:
-            place = str(loc[0])
-        named.append((place, each))
-    # of the branches of a union the one that got furthest is the one that was meant
-    place, each = max(named, key=lambda one: len(one[0]))
-    match each["type"]:
-        case "extra_forbidden":
-            why = "there is no such field."
-        case "missing":
-            why = "it is missing." if place else "the request needs a JSON body."
-        case _:
-            why = f"{each['msg'][:1].lower()}{each['msg'][1:]}."
-    return InvalidRequest(f"{place or 'The body'}: {why}", param=place or None)
+    return not_valid([(_place(each, error.body), each) for each in error.errors()])
+
+
+def _place(each: dict[str, Any], body: Any) -> str:
+    where, *loc = each["loc"]
+    if where != "body":
+        return str(loc[0])
+    return place_of(loc, body, missing=each["type"] == "missing")
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

@@ -7,12 +7,10 @@ from typing import Any
 
 import msgspec
 
-from api.faces import failure
-from api.pieces import Item, Pieces, Step
 from backchannel import events
-from backchannel.completion import call_id
-from backchannel.errors import BackchannelError, JobFailed
+from backchannel.errors import BackchannelError, JobFailed, job_failed
 from backchannel.events import Event, fields
+from backchannel.pieces import Item, Pieces, Step, items_of_message
 from backchannel.tables import SUCCEEDED
 
 Body = dict[str, Any]
@@ -54,27 +52,21 @@ def message(
         "type": "message",
         "role": "assistant",
         "model": model,
-        "content": [] if said is None else _content(job_id, said),
+        "content": [*map(_block, items_of_message(said))],
         "stop_reason": STOP.get(finish_reason or "stop", "end_turn"),
         "stop_sequence": None,
         "usage": _usage(usage),
     }
 
 
-def _content(job_id: str, said: Body) -> list[Body]:
-    blocks: list[Body] = []
-    if said.get("reasoning"):
-        blocks.append({"type": "thinking", "thinking": said["reasoning"], "signature": ""})
-    if said.get("content"):
-        blocks.append({"type": "text", "text": said["content"]})
-    for index, call in enumerate(said.get("tool_calls", ())):
-        given = call_id(job_id, index, call["id"])
-        function = call["function"]
-        arguments = _arguments(function["arguments"])
-        blocks.append(
-            {"type": "tool_use", "id": given, "name": function["name"] or "", "input": arguments}
-        )
-    return blocks
+def _block(item: Item) -> Body:
+    match item.kind:
+        case "text":
+            return {"type": "text", "text": item.text}
+        case "reasoning":
+            return {"type": "thinking", "thinking": item.text, "signature": ""}
+        case "tool_call":
+            return {**_empty(item), "input": _arguments(item.text)}
 
 
 def _arguments(text: str) -> Body:
@@ -107,7 +99,7 @@ class MessageEvents:
         self._job_id = job_id
         self._model = model
         self._begun = False
-        self._pieces = Pieces(job_id)
+        self._pieces = Pieces()
 
     def take(self, event: Event | BackchannelError) -> list[bytes]:
         """The frames of one event of the job."""
@@ -131,7 +123,7 @@ class MessageEvents:
 
     def _end(self, own: Body) -> Iterator[Body]:
         if own["state"] != SUCCEEDED:
-            yield from self._break_off(failure(self._job_id, own["state"], own["error"]))
+            yield from self._break_off(job_failed(self._job_id, own["state"], own["error"]))
             return
         yield from map(_step, self._pieces.close())
         reason = STOP.get(own["finish_reason"] or "stop", "end_turn")
@@ -159,13 +151,9 @@ _STEPS = {"open": "start", "piece": "delta", "close": "stop"}
 
 
 def _empty(item: Item) -> Body:
-    match item.kind:
-        case "text":
-            return {"type": "text", "text": ""}
-        case "reasoning":
-            return {"type": "thinking", "thinking": "", "signature": ""}
-        case "tool_call":
-            return {"type": "tool_use", "id": item.call_id, "name": item.name, "input": {}}
+    if item.kind == "tool_call":
+        return {"type": "tool_use", "id": item.call_id, "name": item.name, "input": {}}
+    return _block(Item(item.index, item.kind))
 
 
 def _delta(item: Item, piece: str) -> Body:

@@ -5,46 +5,35 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from backchannel.errors import InvalidRequest, UnsupportedParameter
-from backchannel.schemas import Name
+from backchannel.schemas import Name, NullsAreNotGiven
 
 Block = dict[str, Any]
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nulls_are_not_given(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: each for name, each in value.items() if each is not None}
-        return value
-
-
-class Said(_Form):
+class Said(NullsAreNotGiven):
     """One message."""
 
     role: str = Field(pattern="^(user|assistant|system)$")
     content: str | list[Block]
 
 
-class OutputConfig(_Form):
+class OutputConfig(NullsAreNotGiven):
     """How much effort, and which form."""
 
     effort: str | None = None
     format: Block | None = None
 
 
-class UserId(_Form):
+class UserId(NullsAreNotGiven):
     """Whom the answer is for."""
 
     user_id: str | None = None
 
 
-class CreateMessage(_Form):
+class CreateMessage(NullsAreNotGiven):
     """A message to be answered."""
 
     model: Name | None = None

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from api.deps import Caller, IdempotencyKey, Shared, StrictRoute
-from api.faces import Face, LeavingCancels, failure_of, finished, naming, stream
+from api.faces import Face, LeavingCancels, failure_of, finished, stream
 from api.jobs import checked, submit
 from api.message_events import MessageEvents, message
 from api.message_input import NAMES, CreateMessage, messages_of, parameters_of
+from backchannel.errors import naming
 from backchannel.schemas import CreateJob
 from backchannel.tables import SUCCEEDED
 

@@ -12,23 +12,14 @@ from typing import Any
 
 import msgspec
 
-from api.pieces import Item, Pieces, Step
 from backchannel import events
-from backchannel.completion import response_usage
 from backchannel.errors import BackchannelError
 from backchannel.events import Event, fields
-from backchannel.tables import CANCELLED, SUCCEEDED
+from backchannel.pieces import Item, Pieces, Step
+from backchannel.response_output import ending, item_id, part, shown
+from backchannel.tables import SUCCEEDED
 
 Body = dict[str, Any]
-
-# OpenAI's list of codes is closed; ours stands beside it, as the error's type.
-ERROR_CODES = {
-    "rate_limited": "rate_limit_exceeded",
-    "context_length": "invalid_prompt",
-    "invalid_request": "invalid_prompt",
-}
-INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
-_PREFIX = {"text": "msg", "reasoning": "rs", "tool_call": "fc"}
 
 
 class ResponseEvents:
@@ -42,8 +33,8 @@ class ResponseEvents:
     def __init__(self, job_id: str, head: Body, after: int = -1) -> None:
         self.over = False
         self.response = head  # as the last event that carried it said it
-        self._digits = job_id.removeprefix("job_")
-        self._pieces = Pieces(job_id)
+        self._job_id = job_id
+        self._pieces = Pieces()
         self._after = after
         self._number = 0
 
@@ -90,17 +81,17 @@ class ResponseEvents:
         item = step.item
         match step.what:
             case "open":
-                shown = self._item(item, "in_progress")
-                yield {**self._place(item, "response.output_item.added"), "item": shown}
+                begun = shown(self._job_id, item, "in_progress")
+                yield {**self._place(item, "response.output_item.added"), "item": begun}
                 if item.kind != "tool_call":
-                    yield {**self._part(item, "added"), "part": _part(item, "")}
+                    yield {**self._part(item, "added"), "part": part(item, "")}
             case "piece":
                 yield {**self._named(item, "delta"), "delta": step.piece, **_logprobs(item)}
             case "close":
                 whole = "arguments" if item.kind == "tool_call" else "text"
                 yield {**self._named(item, "done"), whole: item.text, **_logprobs(item)}
                 if item.kind != "tool_call":
-                    yield {**self._part(item, "done"), "part": _part(item, item.text)}
+                    yield {**self._part(item, "done"), "part": part(item, item.text)}
                 yield self._done(item, status)
 
     def _abandon(self) -> Iterator[Body]:
@@ -110,14 +101,14 @@ class ResponseEvents:
 
     def _done(self, item: Item, status: str) -> Body:
         place = self._place(item, "response.output_item.done")
-        return {**place, "item": self._item(item, status)}
+        return {**place, "item": shown(self._job_id, item, status)}
 
     def _place(self, item: Item, type_: str) -> Body:
         return {"type": type_, "output_index": item.index}
 
     def _part(self, item: Item, what: str) -> Body:
         place = self._place(item, f"response.content_part.{what}")
-        return {**place, "item_id": self._id(item), "content_index": 0}
+        return {**place, "item_id": item_id(self._job_id, item), "content_index": 0}
 
     def _named(self, item: Item, what: str) -> Body:
         more: Body
@@ -130,54 +121,23 @@ class ResponseEvents:
                 type_, more = "response.function_call_arguments", {}
                 if what == "done":
                     more = {"name": item.name}
-        return {**self._place(item, f"{type_}.{what}"), "item_id": self._id(item), **more}
-
-    def _id(self, item: Item) -> str:
-        return f"{_PREFIX[item.kind]}_{self._digits}_{item.index}"
-
-    def _item(self, item: Item, status: str) -> Body:
-        begun = status != "in_progress"
-        shown: Body = {"id": self._id(item), "status": status}
-        content = [_part(item, item.text)] if begun else []
-        match item.kind:
-            case "text":
-                return {**shown, "type": "message", "role": "assistant", "content": content}
-            case "reasoning":
-                return {**shown, "type": "reasoning", "summary": [], "content": content}
-            case _:
-                return {
-                    **shown,
-                    "type": "function_call",
-                    "call_id": item.call_id,
-                    "name": item.name,
-                    "arguments": item.text if begun else "",
-                }
+        return {
+            **self._place(item, f"{type_}.{what}"),
+            "item_id": item_id(self._job_id, item),
+            **more,
+        }
 
     # ------------------------------------------------------------ the response itself
 
     def _end(self, own: Body) -> Iterator[Body]:
-        changes: Body = {"usage": response_usage(own["usage"])}
-        state, reason = own["state"], INCOMPLETE.get(own["finish_reason"] or "")
-        last = "completed" if reason is None else "incomplete"
-        if state == SUCCEEDED:
+        changes = ending(self._job_id, self._pieces.items, own)
+        if own["state"] == SUCCEEDED:
             for step in self._pieces.close():
-                yield from self._step(step, status=last)
-            changes["status"] = last
-            if reason is not None:
-                changes["incomplete_details"] = {"reason": reason}
+                yield from self._step(step, status=changes["status"])
         else:
-            last = "incomplete"
             yield from self._abandon()
-            changes["status"] = "cancelled" if state == CANCELLED else "failed"
-            if state != CANCELLED:
-                changes["error"] = _error(own["error"])
-        # of the last attempt only: what the one before had said is no part of the answer
-        items = self._pieces.items
-        changes["output"] = [
-            self._item(item, last if item is items[-1] else "completed") for item in items
-        ]
         # there is no event for "cancelled"
-        name = "incomplete" if state == CANCELLED else changes["status"]
+        name = "incomplete" if changes["status"] == "cancelled" else changes["status"]
         yield self._told(f"response.{name}", **changes)
 
     def _told(self, type_: str, **changes: Any) -> Body:
@@ -193,23 +153,8 @@ def finished_response(job_id: str, head: Body, log: Iterable[Event]) -> Body:
     return said.response
 
 
-def _part(item: Item, text: str) -> Body:
-    if item.kind == "reasoning":
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
 def _logprobs(item: Item) -> Body:
     return {"logprobs": []} if item.kind == "text" else {}
-
-
-def _error(error: Body | None) -> Body:
-    known = error or {"code": "internal_error", "message": None}
-    return {
-        "code": ERROR_CODES.get(known["code"], "server_error"),
-        "message": known["message"] or f"The job ended with {known['code']}.",
-        "type": known["code"],
-    }
 
 
 def _frame(event: Body) -> bytes:

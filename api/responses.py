@@ -17,21 +17,20 @@ from api.faces import (
     failure_of,
     find,
     finished,
-    naming,
     stream,
 )
 from api.jobs import checked, stored_log, submit, until_finished
 from api.response_events import ResponseEvents, finished_response
-from api.response_input import NAMES, CreateResponse, items_of, messages_of, parameters_of
 from api.response_sessions import entering
 from backchannel.accept import accept
-from backchannel.errors import InvalidRequest, NotFound, Unavailable
-from backchannel.schemas import CreateJob
+from backchannel.errors import InvalidRequest, NotFound, Unavailable, naming
+from backchannel.response_input import CreateResponse, items_of
+from backchannel.response_output import PREFIX, head
 from backchannel.tables import EXPIRED, FAILED, TERMINAL
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"], route_class=StrictRoute)
 
-RESPONSE = Face("response", "resp_")
+RESPONSE = Face("response", PREFIX)
 CANCEL_S = 5.0  # a running job ends within moments; a client would rather see it cancelled
 
 
@@ -50,22 +49,15 @@ async def create_response(
 ) -> Response | dict[str, Any]:
     """Make a response: wait for it, stream it, or leave it to the background."""
     previous = await _previous(its, caller, asked)
-    ours = asked.x_backchannel
-    order = CreateJob.model_construct(
-        model=asked.model,
-        session=previous.job.session if previous else ours.session,
-        system=asked.instructions or None,
-        lane=ours.lane,
-        deadline_s=ours.deadline_s,
-        metadata=asked.metadata,
-        parameters=parameters_of(asked),
-    )
+    order = asked.order()
+    if previous is not None:
+        order.session = previous.job.session
     sent = asked.model_dump(exclude_unset=True)
-    with naming(NAMES):
+    with naming(asked.NAMES):
         new = await checked(
-            its, caller, order, messages_of(asked.input), key, face=(RESPONSE.kind, sent), keep=True
+            its, caller, order, asked.chat(), key, face=(RESPONSE.kind, sent), keep=True
         )
-    in_session = ours.session is None and (asked.store or previous is not None)
+    in_session = asked.x_backchannel.session is None and (asked.store or previous is not None)
     enter = entering(previous, apart=not asked.store) if in_session else accept
     job = await submit(its, new, response, enter)
     found = await find(its, caller, RESPONSE, RESPONSE.id_of(job.id))
@@ -108,49 +100,19 @@ async def _previous(its: Resources, caller: str, asked: CreateResponse) -> Found
 
 
 def _head(found: Found) -> dict[str, Any]:
-    """A response as it was created: all of it that no event changes."""
-    job, asked = found.job, found.asked
-    return {
-        "id": RESPONSE.id_of(job.id),
-        "object": "response",
-        "created_at": found.created_s,
-        "status": "queued",
-        "background": asked.get("background", False),
-        "error": None,
-        "incomplete_details": None,
-        "instructions": asked.get("instructions"),
-        "max_output_tokens": asked.get("max_output_tokens"),
-        "metadata": job.metadata,
-        "model": job.model,
-        "output": [],
-        "parallel_tool_calls": asked.get("parallel_tool_calls", True),
-        "previous_response_id": asked.get("previous_response_id"),
-        "prompt_cache_key": asked.get("prompt_cache_key"),
-        "reasoning": asked.get("reasoning", {"effort": None, "summary": None}),
-        "safety_identifier": asked.get("safety_identifier"),
-        "service_tier": asked.get("service_tier"),
-        "store": asked.get("store", True),
-        "temperature": asked.get("temperature"),
-        "text": {"format": {"type": "text"}, **asked.get("text", {})},
-        "tool_choice": asked.get("tool_choice", "auto"),
-        "tools": asked.get("tools", []),
-        "top_p": asked.get("top_p"),
-        "truncation": asked.get("truncation", "disabled"),
-        "usage": None,
-        "user": asked.get("user"),
-        "x_backchannel": {"job": job.id, "session": job.session},
-    }
+    job = found.job
+    return head(job.id, found.created_s, job.model, job.metadata, job.session, found.asked)
 
 
 async def _shown(its: Resources, found: Found) -> dict[str, Any]:
     """A response as it stands; a finished one as the end of its stream says it."""
-    job, head = found.job, _head(found)
+    job, begun = found.job, _head(found)
     if job.state not in TERMINAL:
-        return head | {"status": "in_progress" if job.attempt else "queued"}
+        return begun | {"status": "in_progress" if job.attempt else "queued"}
     log = await stored_log(its, job.id)
     if log is None:
         raise Unavailable("The database does not answer. Try again.")
-    return finished_response(job.id, head, log)
+    return finished_response(job.id, begun, log)
 
 
 def _stream(

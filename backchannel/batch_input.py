@@ -7,15 +7,21 @@ from typing import Any, NamedTuple
 import msgspec
 
 from backchannel.accept import NewJob
-from backchannel.completions import CHAT, RESPONSES, ask
-from backchannel.errors import InvalidRequest
+from backchannel.chat_input import CreateChat
+from backchannel.errors import InvalidRequest, UnsupportedParameter, naming
 from backchannel.files import MAX_LINE_BYTES
 from backchannel.parameters import check_parameters
-from backchannel.registry import Registry
-from backchannel.schemas import decode
+from backchannel.registry import Registry, Resolved
+from backchannel.response_input import CreateResponse
+from backchannel.schemas import CreateJob, decode, validated
 from backchannel.tables import BATCH
 
-ENDPOINTS = (CHAT, RESPONSES)
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+_FORMS: dict[str, type[CreateChat] | type[CreateResponse]] = {
+    CHAT: CreateChat,
+    RESPONSES: CreateResponse,
+}
+ENDPOINTS = tuple(_FORMS)
 MAX_ID_CHARS = 512
 MAX_FAULTS = 100  # named one by one; the rest are counted
 
@@ -104,6 +110,42 @@ def duplicate(number: int, custom_id: str) -> Fault:
 
 # ---------------------------------------------------------------- a line becomes a job
 
+# What a POST to the endpoint may ask and a line may not, and why.
+_NOT_IN_A_LINE = {
+    "stream": "its answer comes whole",
+    "background": "all of a batch is done in the background",
+    "previous_response_id": "lines are answered in any order",
+    "x_backchannel": "lane, session and deadline are those of the batch",
+}
+
+
+class Asked(NamedTuple):
+    """What a line asks, checked like the body of a POST to its endpoint."""
+
+    form: CreateChat | CreateResponse
+    order: CreateJob
+    messages: list[dict[str, Any]]
+    resolved: Resolved
+    parameters: dict[str, Any]
+
+
+def ask(endpoint: str, raw: bytes, registry: Registry) -> Asked:
+    """What a line whose form is good asks.
+
+    Raises:
+        InvalidRequest: It cannot be a job; ``param`` is the field of its body.
+    """
+    body = decode(raw.removeprefix(b"\xef\xbb\xbf"))["body"]
+    for name, why in _NOT_IN_A_LINE.items():
+        if body.get(name):
+            raise UnsupportedParameter(f"{name} is refused in a batch: {why}.", param=name)
+    form = validated(_FORMS[endpoint], body)
+    with naming(form.NAMES):
+        order, messages = form.order(), form.chat()
+        resolved = registry.resolve(order.model)
+        parameters = check_parameters(order.parameters or {}, resolved.provider)
+    return Asked(form, order, messages, resolved, parameters)
+
 
 def job_of_line(batch: Any, raw: bytes, head: Head, registry: Registry) -> NewJob:
     """What a line asks, as the API would have accepted it.
@@ -114,34 +156,34 @@ def job_of_line(batch: Any, raw: bytes, head: Head, registry: Registry) -> NewJo
     Raises:
         InvalidRequest: It cannot be a job.
     """
-    value = decode(raw.removeprefix(b"\xef\xbb\xbf") if head.line == 1 else raw)
-    asked = ask(batch.endpoint, value["body"])
-    resolved = registry.resolve(asked.model)
+    form, order, messages, resolved, parameters = ask(batch.endpoint, raw, registry)
+    sent = None
+    if batch.endpoint == RESPONSES:  # it repeats what was asked, but for the input
+        sent = form.model_dump(exclude_unset=True, exclude={"input"})
     return NewJob(
         caller=batch.caller,
         kind="batch",
         lane=BATCH,
         provider=resolved.provider.id,
         model=resolved.model,
-        requested_model=asked.model,
+        requested_model=order.model,
         model_reason=resolved.reason,
-        instructions=asked.instructions,
-        messages=asked.messages,
-        parameters=check_parameters(asked.parameters, resolved.provider),
-        asked=asked.asked,
+        instructions=order.system,
+        messages=messages,
+        parameters=parameters,
+        asked=sent,
         request_hash=f"{batch.id}:{head.line}",
         deadline_s=batch.left_ms / 1000,
         stream=False,
         batch_id=batch.id,
         line=head.line,
-        meta=asked.metadata,
+        meta=order.metadata or {},
     )
 
 
 def refusal(error: InvalidRequest) -> dict[str, Any]:
     """The body of a line's 400."""
     body = error.body()
-    if error.param is not None:
-        # as the field of a line's body is called, not that of a job
-        body["error"]["param"] = error.param.removeprefix("parameters.").removeprefix("body.")
+    if error.param is not None:  # of what is not JSON: as the field of a body is called
+        body["error"]["param"] = error.param.removeprefix("body.")
     return body

@@ -12,13 +12,20 @@ from typing import Any, NamedTuple
 import msgspec
 from sqlalchemy import Connection, Select, and_, bindparam, select
 
-from backchannel.completions import RESPONSES, answer, failure
+from backchannel.batch_input import RESPONSES
+from backchannel.chat_output import chat_usage, completion
+from backchannel.errors import job_failed
+from backchannel.events import end_fields
 from backchannel.files import ERROR, OUTPUT
+from backchannel.pieces import items_of_message
+from backchannel.response_output import ending, head
+from backchannel.schemas import SPENT, usage_of
 from backchannel.tables import (
     CANCELLED,
     CANCELLING,
     EXPIRED,
     FAILED,
+    SUCCEEDED,
     batch_lines,
     batches,
     jobs,
@@ -55,17 +62,12 @@ def _lines(*more: Any) -> Select[Any]:
             jobs.c.provider,
             jobs.c.model,
             jobs.c.created_ms,
+            jobs.c.meta,
             jobs.c.finish_reason,
             jobs.c.error_code,
             jobs.c.error_message,
             results.c.message,
-            usage.c.source,
-            usage.c.input_tokens,
-            usage.c.cached_tokens,
-            usage.c.cache_write_tokens,
-            usage.c.output_tokens,
-            usage.c.reasoning_tokens,
-            usage.c.cost_nanousd,
+            *SPENT,
             *more,
         )
         .select_from(batch_lines)
@@ -157,6 +159,32 @@ def _record(batch: Any, row: Any, seq: int, numbered: bool) -> bytes:
     if row.state == FAILED:
         return _line(batch, row, seq, numbered, failure(row), None)
     return _line(batch, row, seq, numbered, (200, answer(batch.endpoint, row)), None)
+
+
+def answer(endpoint: str, row: Any) -> dict[str, Any]:
+    """The body that answers a line: what a GET of a job like this one gives."""
+    job_id, created_s, model = row.job_id, row.created_ms // 1000, f"{row.provider}:{row.model}"
+    if endpoint == RESPONSES:
+        end = end_fields(SUCCEEDED, row.finish_reason, _spent(row))
+        begun = head(job_id, created_s, model, row.meta, None, row.asked or {})
+        return begun | ending(job_id, items_of_message(row.message), end)
+    return completion(
+        job_id, created_s, model, row.message, row.finish_reason, _spent(row), row.meta
+    )
+
+
+def failure(row: Any) -> tuple[int, dict[str, Any]]:
+    """The HTTP status and body that stand for a job that failed."""
+    error = job_failed(row.job_id, FAILED, {"code": row.error_code, "message": row.error_message})
+    body = error.body()
+    if row.source is not None:  # it was called, and may have to be paid
+        body["usage"] = chat_usage(_spent(row))
+    return error.status, body
+
+
+def _spent(row: Any) -> dict[str, Any] | None:
+    spent = usage_of(row)
+    return None if spent is None else spent.model_dump()
 
 
 def _void_writer(batch: Any, numbered: bool) -> Callable[[int, str, int], bytes]:

@@ -16,6 +16,8 @@ BackchannelError
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
@@ -74,6 +76,17 @@ class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
 
+@contextlib.contextmanager
+def naming(names: dict[str, str]) -> Iterator[None]:
+    """Errors name the fields of a face, as the client knows them, not those of a job."""
+    try:
+        yield
+    except InvalidRequest as error:
+        named = (error.param or "").removeprefix("parameters.")
+        error.param = names.get(named, named) or None
+        raise
+
+
 class NotFound(BackchannelError):
     """No such thing, or it belongs to another caller."""
 
@@ -127,6 +140,7 @@ JOB_STATUS: dict[str, int] = {
     "content_filter": 400,
     "provider_not_found": 400,
     "provider_key_missing": 400,
+    "unsupported_parameter": 400,
     "cancelled": 409,
     "attempt_restarted": 409,
     "expired": 504,
@@ -155,6 +169,15 @@ class JobFailed(BackchannelError):
         self.status = JOB_STATUS.get(code, 502)
         self.type = "invalid_request_error" if self.status < 429 else "server_error"
         self.headers["x-backchannel-job"] = job_id
+
+
+def job_failed(job_id: str, state: str, error: dict[str, Any] | None) -> JobFailed:
+    """The error that stands for a job which ended in this state, with this error of its own."""
+    if state == "cancelled":
+        return JobFailed("The job was cancelled.", code=state, job_id=job_id)
+    known = error or {"code": "internal_error", "message": None}
+    message = known["message"] or f"The job ended with {known['code']}."
+    return JobFailed(message, code=known["code"], job_id=job_id)
 
 
 class Policy(NamedTuple):

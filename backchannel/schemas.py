@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from sqlalchemy import Select, and_, select
 
 from backchannel.books import Spent
@@ -104,11 +111,54 @@ def place_of(loc: Sequence[int | str], value: Any, *, missing: bool = False) -> 
     return place
 
 
+def not_valid(faults: list[tuple[str, Mapping[str, Any]]]) -> InvalidRequest:
+    """The errors that pydantic found, each with its place, as one sentence."""
+    # of the branches of a union the one that got furthest is the one that was meant
+    place, each = max(faults, key=lambda fault: len(fault[0]))
+    match each["type"]:
+        case "extra_forbidden":
+            why = "there is no such field."
+        case "missing":
+            why = "it is missing." if place else "the request needs a JSON body."
+        case _:
+            why = f"{each['msg'][:1].lower()}{each['msg'][1:]}."
+    return InvalidRequest(f"{place or 'The body'}: {why}", param=place or None)
+
+
+Form = TypeVar("Form", bound=BaseModel)
+
+
+def validated(form: type[Form], value: dict[str, Any]) -> Form:
+    """A value as a request, as if it had been the body of one.
+
+    Raises:
+        InvalidRequest: It names the field.
+    """
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False)
+    raise not_valid(
+        [(place_of(each["loc"], value, missing=each["type"] == "missing"), each) for each in faults]
+    )
+
+
 # ---------------------------------------------------------------- requests
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NullsAreNotGiven(_Request):
+    """A request in which a null is as good as nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: each for name, each in value.items() if each is not None}
+        return value
 
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -189,6 +239,14 @@ class CreateJob(_Request):
         if self.prompt is not None:
             return [{"role": "user", "content": self.prompt}]
         return [each.model_dump(exclude_unset=True) for each in self.messages or ()]
+
+
+class Ours(_Request):
+    """What a face's request may say beyond its own form, in `x_backchannel`."""
+
+    lane: Literal["interactive", "batch"] = "interactive"
+    session: str | None = None
+    deadline_s: float | None = Field(None, gt=0)
 
 
 def check_message(message: Message, place: str) -> None:
@@ -338,14 +396,15 @@ class SessionList(BaseModel):
 
 # ---------------------------------------------------------------- from the rows
 
-_SPENT = (
+# Everything `usage_of` needs.
+SPENT = (
     usage.c.source, usage.c.input_tokens, usage.c.cached_tokens, usage.c.cache_write_tokens,
     usage.c.output_tokens, usage.c.reasoning_tokens, usage.c.cost_nanousd, usage.c.price_date,
 )  # fmt: skip
 
 # Everything `job_of` needs; add the caller's own conditions.
 JOB: Select[Any] = (
-    select(jobs, results.c.message, *_SPENT)
+    select(jobs, results.c.message, *SPENT)
     .outerjoin(results, results.c.job_id == jobs.c.id)
     .outerjoin(usage, and_(usage.c.job_id == jobs.c.id, usage.c.billable))
 )

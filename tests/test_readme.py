@@ -140,17 +140,18 @@ def test_the_example_lines_of_the_readme_can_be_run(tmp_path: Path) -> None:
 
 
 def test_the_result_line_of_the_readme_is_what_a_run_writes() -> None:
+    from backchannel.batch_input import CHAT
+    from backchannel.batch_output import answer
     from backchannel.cli.lines import Line
     from backchannel.cli.results import record_of
-    from backchannel.completions import CHAT, answer
-    from tests.backchannel.test_completions import job
+    from tests.backchannel.test_batch_lines import job
 
     shown = json.loads(list(blocks(ROOT / "README.md", "json"))[1])
     body = shown["response"]["body"]
     row = job(
         job_id=shown["response"]["request_id"], provider="echo", model="echo-1",
-        message=body["choices"][0]["message"], input_tokens=1, cached_tokens=0, output_tokens=1,
-        reasoning_tokens=0, cost_nanousd=0,
+        message={"role": "assistant", "content": "One"}, meta={"custom_id": "a"},
+        input_tokens=1, cached_tokens=0, output_tokens=1, reasoning_tokens=0, cost_nanousd=0,
     )  # fmt: skip
     response = {**shown["response"], "body": answer(CHAT, row) | {"created": body["created"]}}
     line = Line(1, "a", None, {"prompt": "One", "metadata": {"custom_id": "a"}})

@@ -13,7 +13,8 @@ from workers.providers import Delta, ProviderEvent, Reasoning, ToolCall, Usage
 class Answer:
     """What one attempt has received so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, job_id: str) -> None:
+        self._digits = job_id.removeprefix("job_")
         self.usage: Usage | None = None
         self.begun = False
         self._text: list[str] = []
@@ -43,21 +44,19 @@ class Answer:
         return take
 
     def _tool_call(self, piece: ToolCall, stream: Stream | None) -> None:
-        call = self._calls.setdefault(
-            piece.index,
-            {"id": None, "type": "function", "function": {"name": None, "arguments": ""}},
-        )
-        call["id"] = call["id"] or piece.id
-        call["function"]["name"] = call["function"]["name"] or piece.name
-        call["function"]["arguments"] += piece.arguments
+        call, named = self._calls.get(piece.index), {}
+        if call is None:
+            # some servers give no id, and clients cannot do without
+            named = {"id": piece.id or f"call_{self._digits}_{len(self._calls)}", "name": ""}
+            function = {"name": "", "arguments": ""}
+            call = {"id": named["id"], "type": "function", "function": function}
+            self._calls[piece.index] = call
+        function = call["function"]
+        if piece.name and not function["name"]:
+            function["name"] = named["name"] = piece.name
+        function["arguments"] += piece.arguments
         if stream is not None:
-            known = {"id": piece.id, "name": piece.name}
-            stream.add(
-                events.TOOL_CALL,
-                index=piece.index,
-                **{name: value for name, value in known.items() if value is not None},
-                arguments=piece.arguments,
-            )
+            stream.add(events.TOOL_CALL, index=piece.index, **named, arguments=piece.arguments)
 
     def message(self) -> dict[str, Any] | None:
         """The assistant's message in chat-completions form; None if nothing was said."""

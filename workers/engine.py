@@ -110,7 +110,7 @@ class Run:
     def __init__(self, process: Process, claim: Claim, claimed_at: float) -> None:
         self.process = process
         self.claim = claim
-        self.answer = Answer()
+        self.answer = Answer(claim.job_id)
         self.provider: Provider | None = None
         self.called = False
         self.written = False  # its end is: from here on nobody can take the attempt away

@@ -9,7 +9,10 @@ import httpx2
 import pytest
 
 from backchannel import batches
+from backchannel.batch_input import RESPONSES, ask, refusal
 from backchannel.db import Database
+from backchannel.errors import InvalidRequest
+from backchannel.registry import get_registry
 from tests.api.test_files import upload
 from tests.backchannel import batching
 from tests.backchannel.batching import CHAT, line
@@ -161,3 +164,38 @@ async def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(
     assert (await client.get("/v1/batches")).json()["data"] == []
     bad = await create(client, await uploaded(client, b"{"), x_backchannel={"dry_run": True})
     assert (bad.json()["status"], bad.json()["errors"]["data"][0]["line"]) == ("failed", 1)
+
+
+SAY = [{"role": "user", "content": "Hi"}]
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {}),
+    (CHAT, {"messages": []}),
+    (CHAT, {"messages": [{"role": "usr", "content": "a"}]}),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "more": 1}]}),
+    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}),
+    (CHAT, {"messages": SAY, "metadata": {"k": 7}}),
+    (CHAT, {"messages": SAY, "no_such": 1}),
+    (CHAT, {"messages": SAY, "model": "nobody:x"}),
+    (CHAT, {"messages": SAY, "temperature": "hot"}),
+    (RESPONSES, {}),
+    (RESPONSES, {"input": 7}),
+    (RESPONSES, {"input": []}),
+    (RESPONSES, {"input": "a", "no_such": 1}),
+    (RESPONSES, {"input": "a", "model": "anthropic:ok", "top_logprobs": 3}),
+    (RESPONSES, {"input": "a", "model": "anthropic:ok", "service_tier": "flex"}),
+    (RESPONSES, {"input": "a", "text": {"format": {"type": "xml"}}}),
+    (RESPONSES, {"input": "a", "tool_choice": {"type": "mcp"}}),
+    (RESPONSES, {"input": [{"type": "message", "role": "user"}]}),
+]
+
+
+async def test_a_line_is_refused_as_its_body_would_be(client: httpx2.AsyncClient) -> None:
+    for endpoint, asked in REFUSED:
+        body = {"model": "echo"} | asked
+        posted = await client.post(endpoint, json=body)
+        assert posted.status_code == 400, posted.text
+        with pytest.raises(InvalidRequest) as refused:
+            ask(endpoint, line("a", body=body), get_registry())
+        assert refusal(refused.value) == posted.json()

@@ -1,30 +1,21 @@
-"""What a response asks, as a job's messages and parameters; what has no counterpart is refused."""
+"""What a response asks, as a job: the body of a POST, or of a line of a batch.
+
+What has no counterpart in chat completions is refused by name.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from api.faces import Ours
 from backchannel.errors import InvalidRequest, UnsupportedParameter
-from backchannel.schemas import Metadata, Name
+from backchannel.schemas import CreateJob, Metadata, Name, NullsAreNotGiven, Ours
 
 Item = dict[str, Any]
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nulls_are_not_given(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: each for name, each in value.items() if each is not None}
-        return value
-
-
-class Reasoning(_Form):
+class Reasoning(NullsAreNotGiven):
     """How much the model should think; its visible reasoning is always shown."""
 
     effort: str | None = None
@@ -32,21 +23,31 @@ class Reasoning(_Form):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class Text(_Form):
+class Text(NullsAreNotGiven):
     """The form of the answer."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
 
 
-class StreamOptions(_Form):
+class StreamOptions(NullsAreNotGiven):
     """Accepted, and without effect."""
 
     include_obfuscation: bool | None = None
 
 
-class CreateResponse(_Form):
+class CreateResponse(NullsAreNotGiven):
     """A response to be made."""
+
+    # what a field of the job is called here
+    NAMES: ClassVar[dict[str, str]] = {
+        "max_completion_tokens": "max_output_tokens",
+        "reasoning_effort": "reasoning.effort",
+        "response_format": "text.format",
+        "verbosity": "text.verbosity",
+        "session": "x_backchannel.session",
+        "deadline_s": "x_backchannel.deadline_s",
+    }
 
     input: str | list[Item] = Field(min_length=1)
     model: Name | None = None
@@ -74,6 +75,23 @@ class CreateResponse(_Form):
     service_tier: str | None = None
     x_backchannel: Ours = Ours()
 
+    def chat(self) -> list[dict[str, Any]]:
+        """The input as chat messages."""
+        return _messages_of(self.input)
+
+    def order(self) -> CreateJob:
+        """The job around them."""
+        ours = self.x_backchannel
+        return CreateJob.model_construct(
+            model=self.model,
+            session=ours.session,
+            system=self.instructions or None,
+            lane=ours.lane,
+            deadline_s=ours.deadline_s,
+            metadata=self.metadata,
+            parameters=_parameters_of(self),
+        )
+
 
 # ---------------------------------------------------------------- parameters
 
@@ -82,18 +100,8 @@ _SAME = (
     "prompt_cache_retention", "service_tier",
 )  # fmt: skip
 
-# What a parameter is called in the response it came from.
-NAMES = {
-    "max_completion_tokens": "max_output_tokens",
-    "reasoning_effort": "reasoning.effort",
-    "response_format": "text.format",
-    "verbosity": "text.verbosity",
-    "session": "x_backchannel.session",
-    "deadline_s": "x_backchannel.deadline_s",
-}
 
-
-def parameters_of(asked: CreateResponse) -> dict[str, Any]:
+def _parameters_of(asked: CreateResponse) -> dict[str, Any]:
     """The parameters of chat completions that mean the same.
 
     Raises:
@@ -150,7 +158,7 @@ def _format(form: Item) -> Item | None:
 # ---------------------------------------------------------------- messages
 
 
-def messages_of(given: str | list[Item]) -> list[dict[str, Any]]:
+def _messages_of(given: str | list[Item]) -> list[dict[str, Any]]:
     """The items of an input as chat messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A job's events as the items of an answer: texts, reasoning and tool calls, opened and closed."""
+"""An answer as items, texts, reasoning and tool calls: opened and closed by events, or stored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from backchannel import events
-from backchannel.completion import call_id
 
 Kind = Literal["text", "reasoning", "tool_call"]
 _TEXTS: dict[str, Kind] = {events.DELTA: "text", events.REASONING: "reasoning"}
@@ -40,9 +39,8 @@ class Step(NamedTuple):
 class Pieces:
     """Sorts one attempt's events into items. Tool calls may interleave and stay open to the end."""
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self) -> None:
         self.items: list[Item] = []  # of the present attempt
-        self._job_id = job_id
         self._next_index = 0
         self._open: Item | None = None
         self._calls: dict[int, Item] = {}
@@ -73,8 +71,7 @@ class Pieces:
         if item is None:
             yield from self._close()
             item = self._new("tool_call")
-            item.call_id = call_id(self._job_id, len(self._calls), own.get("id"))
-            item.name = own.get("name", "")
+            item.call_id, item.name = own["id"], own["name"]
             self._calls[own["index"]] = item
             yield Step("open", item)
         if own["arguments"]:
@@ -102,3 +99,19 @@ class Pieces:
     def restart(self) -> None:
         """Another attempt begins: what it says is a new answer, with new numbers."""
         self.items = []
+
+
+def items_of_message(message: dict[str, Any] | None) -> list[Item]:
+    """The items of a stored answer, in the order in which they are usually said."""
+    said = message or {}
+    texts: list[tuple[Kind, str | None]] = [
+        ("reasoning", said.get("reasoning")),
+        ("text", said.get("content")),
+    ]
+    items = [Item(0, kind, pieces=[text]) for kind, text in texts if text]
+    for call in said.get("tool_calls", ()):
+        function = call["function"]
+        items.append(Item(0, "tool_call", call["id"], function["name"], [function["arguments"]]))
+    for index, item in enumerate(items):
+        item.index = index
+    return items

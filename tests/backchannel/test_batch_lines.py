@@ -1,7 +1,8 @@
-"""Bodies of OpenAI's endpoints: what they ask is kept, what cannot be asked is named."""
+"""A batch's lines: what their bodies ask is kept, or refused by name; what answers them."""
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,12 @@ import pytest
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 
-from backchannel.completions import CHAT, RESPONSES, answer, ask, failure
+from backchannel import batch_input
+from backchannel.batch_input import CHAT, RESPONSES, Asked
+from backchannel.batch_output import answer, failure
 from backchannel.errors import InvalidRequest
+from backchannel.registry import build_registry
+from backchannel.settings import Settings
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -25,6 +30,7 @@ def job(**changes: Any) -> SimpleNamespace:
         "model": "gpt-5-mini",
         "message": {"role": "assistant", "content": "Hello"},
         "finish_reason": "stop",
+        "meta": {},
         "asked": None,
         "error_code": None,
         "error_message": None,
@@ -35,15 +41,23 @@ def job(**changes: Any) -> SimpleNamespace:
         "output_tokens": 7,
         "reasoning_tokens": 2,
         "cost_nanousd": 1_200_000,
+        "price_date": None,
     }
     return SimpleNamespace(**usual | changes)
 
 
+def ask(endpoint: str, body: dict[str, Any]) -> Asked:
+    """What a line with this body asks."""
+    registry = build_registry(Settings())
+    return batch_input.ask(endpoint, json.dumps({"body": body}).encode(), registry)
+
+
 def test_a_chat_is_taken_as_it_is() -> None:
-    body = {"model": "m", "messages": MESSAGES, "seed": 7, "stream": False, "user": None}
+    body = {"model": "echo", "messages": MESSAGES, "seed": 7, "stream": False, "user": None}
     asked = ask(CHAT, body | {"metadata": {"a": "b"}, "store": True})
-    assert (asked.model, asked.messages, asked.parameters) == ("m", MESSAGES, {"seed": 7})
-    assert (asked.instructions, asked.metadata) == (None, {"a": "b"})
+    assert (asked.resolved.id, asked.messages) == ("echo:echo-1", MESSAGES)
+    assert asked.parameters == {"seed": 7}
+    assert (asked.order.system, asked.order.metadata) == (None, {"a": "b"})
 
 
 @pytest.mark.parametrize(
@@ -54,18 +68,21 @@ def test_a_chat_is_taken_as_it_is() -> None:
         (CHAT, {"messages": [{"role": "usr", "content": "a"}]}, "messages[0].role"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
         (CHAT, {"messages": MESSAGES, "stream": True}, "stream"),
-        (RESPONSES, {}, "messages"),
+        (CHAT, {"messages": MESSAGES, "x_backchannel": {"lane": "batch"}}, "x_backchannel"),
+        (CHAT, {"messages": MESSAGES, "n": 2}, "n"),
+        (RESPONSES, {}, "input"),
         (RESPONSES, {"input": 7}, "input"),
         (RESPONSES, {"input": [{"type": "computer_call"}]}, "input[0].type"),
         (RESPONSES, {"input": "a", "background": True}, "background"),
         (RESPONSES, {"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
-        (RESPONSES, {"input": "a", "tools": [{"type": "web_search"}]}, "tools[0]"),
-        (RESPONSES, {"input": "a", "reasoning": {"effort": "low", "summary": "auto"}}, "reasoning"),
+        (RESPONSES, {"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        (RESPONSES, {"input": "a", "reasoning": {"effort": 7}}, "reasoning.effort"),
+        (RESPONSES, {"input": "a", "truncation": "some"}, "truncation"),
     ],
 )
 def test_what_cannot_be_asked_is_named(endpoint: str, body: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        ask(endpoint, body)
+        ask(endpoint, {"model": "echo"} | body)
     assert refused.value.param == param
 
 
@@ -73,6 +90,7 @@ def test_a_response_s_body_becomes_a_chat() -> None:
     asked = ask(
         RESPONSES,
         {
+            "model": "echo",
             "input": [
                 {"role": "user", "content": [{"type": "input_text", "text": "Look."}]},
                 {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"},
@@ -86,9 +104,9 @@ def test_a_response_s_body_becomes_a_chat() -> None:
             "tool_choice": {"type": "function", "name": "f"},
         },
     )
-    assert asked.instructions == "Be brief."
+    assert asked.order.system == "Be brief."
     assert asked.messages == [
-        {"role": "user", "content": [{"type": "text", "text": "Look."}]},
+        {"role": "user", "content": "Look."},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "call_1", "content": "7"},
     ]
@@ -115,7 +133,11 @@ def test_a_job_answers_as_a_chat_completion() -> None:
     [
         ({}, ["message"], "completed"),
         ({"finish_reason": "length"}, ["message"], "incomplete"),
-        ({"message": {"content": None, "tool_calls": [CALL]}}, ["function_call"], "completed"),
+        (
+            {"message": {"content": None, "tool_calls": [CALL]}, "finish_reason": "tool_calls"},
+            ["function_call"],
+            "completed",
+        ),
         ({"message": {"content": "a", "reasoning": "b"}}, ["reasoning", "message"], "completed"),
     ],
 )
@@ -133,7 +155,7 @@ def test_unknown_usage_is_not_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status"), [("auth", 401), ("truncated", 502), ("context_length", 400)]
+    ("code", "status"), [("auth", 401), ("truncated", 502), ("content_filter", 400)]
 )
 def test_a_failure_is_an_http_error(code: str, status: int) -> None:
     found, body = failure(job(error_code=code, error_message="No.", source=None))
