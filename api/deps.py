@@ -143,6 +143,8 @@ class DirectRoute(StrictRoute):
             headers = request.headers
             if headers.get("content-type") != "application/json" or "idempotency-key" in headers:
                 return await handle(request)
+            if not await request.body():
+                return await handle(request)
             try:
                 asked = model.model_validate(await request.json())
             except ValidationError:

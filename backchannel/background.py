@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-# A second cancel too soon hits the clean-up after the first, and a connection that was being given
-# back to its pool is lost with it: a loaded loop may need more than a second for that.
-_AGAIN_S = 5.0
+_AGAIN_S = 1.0
 
 
 async def end(task: asyncio.Task[Any]) -> None:
