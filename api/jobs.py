@@ -152,6 +152,7 @@ async def checked(
         idempotency_key=key,
         session_id=asked.session,
         meta=asked.metadata or {},
+        ring=its.ringer.open,
     )
 
 
@@ -202,6 +203,7 @@ async def retry_job(
         session_id=row.session_id,
         parent_id=job_id,
         meta=row.meta,
+        ring=its.ringer.open,
     )
     return await submit(its, new, response)
 

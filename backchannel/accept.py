@@ -50,6 +50,12 @@ class NewJob:
     batch_id: str | None = None
     line: int | None = None
     meta: dict[str, str] = field(default_factory=dict)
+    ring: bool = True  # now; False: the dispatcher does it, as for all of a batch
+
+    @property
+    def rings(self) -> bool:
+        """Whether it is rung for at accept."""
+        return self.ring and self.lane == INTERACTIVE
 
 
 class Accepted(NamedTuple):
@@ -172,8 +178,8 @@ def accept_many(connection: Connection, new: Sequence[NewJob]) -> list[Accepted]
 
 
 def _bell(job_id: str, new: NewJob) -> Doorbell | None:
-    if new.lane != INTERACTIVE:
-        return None  # a batch waits for the dispatcher's window
+    if not new.rings:
+        return None
     return Doorbell(job_id, new.lane, f"{new.provider}:{new.model}", 1)
 
 
@@ -197,7 +203,7 @@ def _row(job_id: str, new: NewJob, now: int) -> dict[str, Any]:
         "new_meta": new.meta,
         "now": now,
         "deadline": now + int(new.deadline_s * 1000),
-        "rung": now if new.lane == INTERACTIVE else None,
+        "rung": now if new.rings else None,
     }
 
 

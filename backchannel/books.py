@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, bindparam, insert, select, update
 
 from backchannel.counts import LineEnd, count
-from backchannel.db import at_end, now_ms
+from backchannel.db import at_end, in_bulk, now_ms
 from backchannel.pricing import Tokens
 from backchannel.tables import QUEUED, SUCCEEDED, attempts, jobs, outbox, results, turns, usage
 
@@ -88,18 +88,19 @@ _NEXT_IN_SESSION = (
 )
 
 
+_KEEP_ANSWERS = in_bulk(insert(results))
+_SEND = in_bulk(insert(outbox).values(created_ms=NOW))
+
+
 def write_finish(connection: Connection, row: Any, outcome: Outcome) -> Finished:
     """Everything that a terminal state drags along, in its transaction."""
-    connection.execute(
-        insert(results), {"job_id": row.id, "message": outcome.message, "log": outcome.log}
-    )
+    answered = {"job_id": row.id, "message": outcome.message, "log": outcome.log}
+    at_end(connection, _KEEP_ANSWERS, answered)
     spent = close_attempt(
-        connection, row, row.attempt, outcome.state, outcome.error_code, outcome.error_message,
-        outcome.spent, billable=True,
+        connection, row, outcome.state, outcome.error_code, outcome.error_message, outcome.spent,
+        billable=True,
     )  # fmt: skip
-    connection.execute(
-        insert(outbox).values(created_ms=NOW), {"job_id": row.id, "event": f"job.{outcome.state}"}
-    )
+    at_end(connection, _SEND, {"job_id": row.id, "event": f"job.{outcome.state}"})
     if row.batch_id is not None:
         at_end(connection, count, _line_end(row, outcome.state, spent))
     if row.session_id is None:
@@ -138,7 +139,7 @@ def _answer_turn(connection: Connection, row: Any, outcome: Outcome) -> None:
     )
 
 
-_CLOSE_ATTEMPT = (
+_CLOSE_ATTEMPTS = in_bulk(
     update(attempts)
     .where(
         attempts.c.job_id == bindparam("job"),
@@ -151,14 +152,13 @@ _CLOSE_ATTEMPT = (
         error_code=bindparam("code"),
         error_message=bindparam("why"),
     )
-    .returning(attempts.c.provider_call_ms)
 )
+_CHARGE = in_bulk(insert(usage).values(created_ms=NOW))
 
 
 def close_attempt(
     connection: Connection,
     row: Any,
-    attempt: int,
     what: str,
     code: str | None,
     why: str | None,
@@ -169,20 +169,24 @@ def close_attempt(
     """Close an attempt and put its usage on the books; a call of unknown outcome is ``unknown``.
 
     Returns what is on the books now; None if no provider was called.
+
+    Args:
+        row: The job's, with `provider_call_ms` of the attempt.
     """
-    closed = connection.execute(
-        _CLOSE_ATTEMPT,
-        {"job": row.id, "by_attempt": attempt, "what": what, "code": code, "why": why},
-    ).first()
-    if closed is None or closed.provider_call_ms is None:
+    closing = {
+        "job": row.id, "by_attempt": row.attempt, "what": what, "code": code, "why": why,
+    }  # fmt: skip
+    at_end(connection, _CLOSE_ATTEMPTS, closing)
+    if row.provider_call_ms is None:
         return None
     spent = spent or Spent("unknown", None)
     tokens = spent.tokens
-    connection.execute(
-        insert(usage).values(created_ms=NOW),
+    at_end(
+        connection,
+        _CHARGE,
         {
             "job_id": row.id,
-            "attempt": attempt,
+            "attempt": row.attempt,
             "billable": billable,
             "caller": row.caller,
             "provider": row.provider,

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import stamina
 import structlog
-from sqlalchemy import BigInteger, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Engine,
+    Executable,
+    create_engine,
+    event,
+    make_url,
+)
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
@@ -199,6 +207,18 @@ def at_end(connection: Connection, do: Callable[[Connection, list[T]], None], it
     are held for the commit only.
     """
     connection.info.setdefault(_AT_END, {}).setdefault(do, []).append(item)
+
+
+def in_bulk(statement: Executable) -> Callable[[Connection, list[dict[str, Any]]], None]:
+    """For `at_end`: one execution of a statement for the rows of a whole group.
+
+    A row costs a fifth of its own execution then, and on PostgreSQL no round trip.
+    """
+
+    def execute(connection: Connection, rows: list[dict[str, Any]]) -> None:
+        connection.execute(statement, rows)
+
+    return execute
 
 
 class Database:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     Connection,
+    Label,
     Update,
     and_,
     bindparam,
@@ -24,14 +27,14 @@ from sqlalchemy import (
     exists,
     func,
     insert,
-    literal,
+    literal_column,
     select,
     update,
 )
 from uuid_utils.compat import uuid7
 
 from backchannel.books import Finished, Outcome, Spent, close_attempt, write_finish
-from backchannel.db import now_ms
+from backchannel.db import at_end, in_bulk, now_ms
 from backchannel.tables import (
     CANCELLED,
     EXPIRED,
@@ -60,8 +63,23 @@ def new_id(kind: str) -> str:
 
 def state_is(state: str) -> ColumnElement[bool]:
     """A condition with the state written out: for a parameter no partial index can be prepared."""
-    return jobs.c.state == literal(state, literal_execute=True)
+    # a column of that text: `literal_execute` would write the statement anew at every execution
+    return jobs.c.state == literal_column(f"'{state}'")
 
+
+# When the attempt that ends here called its provider, if it did. With the statement that ends it:
+# what is on record decides whether there is something to pay, not what the worker believes.
+_call = (
+    select(attempts.c.provider_call_ms)
+    .where(
+        attempts.c.job_id == jobs.c.id,
+        attempts.c.attempt == jobs.c.attempt,
+        attempts.c.finished_ms.is_(None),
+    )
+    .correlate(jobs)
+    .scalar_subquery()
+    .label("provider_call_ms")
+)
 
 _its_id = jobs.c.id == bindparam("job")
 
@@ -122,6 +140,12 @@ class Claim:
         return {"job": self.job_id, "by_attempt": self.attempt, "by_owner": self.owner}
 
 
+def _asked(column: Column[Any]) -> Label[Any]:
+    """With the claim itself: one statement less, on PostgreSQL one round trip."""
+    its = select(column).where(requests.c.job_id == bindparam("job"))
+    return its.scalar_subquery().label(column.name)
+
+
 _CLAIM = (
     _move(QUEUED, RUNNING)
     .where(
@@ -151,11 +175,12 @@ _CLAIM = (
         jobs.c.retries,
         (NOW - jobs.c.created_ms).label("age_ms"),
         (jobs.c.deadline_ms - NOW).label("left_ms"),
+        _asked(requests.c.instructions),
+        _asked(requests.c.messages),
+        _asked(requests.c.parameters),
     )
 )
-_REQUEST = select(requests.c.instructions, requests.c.messages, requests.c.parameters).where(
-    requests.c.job_id == bindparam("job")
-)
+_BEGIN_ATTEMPTS = in_bulk(insert(attempts).values(started_ms=NOW))
 _SYSTEM = select(sessions.c.system).where(sessions.c.id == bindparam("session"))
 # Turns of jobs that did not succeed stay visible in the session but are not told to the model:
 # a question without its answer would be asked twice when it is retried.
@@ -190,12 +215,10 @@ def claim(
     ).first()
     if row is None:
         return None
-    connection.execute(
-        insert(attempts).values(started_ms=NOW),
-        {"job_id": job_id, "attempt": row.attempt, "owner": owner},
-    )
-    request = connection.execute(_REQUEST, {"job": job_id}).one()
-    instructions, messages = request.instructions, request.messages
+    begun = {"job_id": job_id, "attempt": row.attempt, "owner": owner}
+    at_end(connection, _BEGIN_ATTEMPTS, begun)
+    claimed = row._asdict()
+    instructions, messages = claimed.pop("instructions"), claimed.pop("messages")
     if row.session_id is not None:
         history = connection.execute(
             _HISTORY, {"session": row.session_id, "seq": row.session_seq}
@@ -205,10 +228,7 @@ def claim(
             instructions = connection.execute(_SYSTEM, {"session": row.session_id}).scalar()
     if instructions is not None:
         messages = [{"role": "system", "content": instructions}, *messages]
-    return Claim(
-        job_id=job_id, owner=owner, messages=messages, parameters=request.parameters,
-        **row._mapping,
-    )  # fmt: skip
+    return Claim(job_id=job_id, owner=owner, messages=messages, **claimed)
 
 
 def sign_on(connection: Connection, owner: str, host: str, pid: int, slots: int) -> None:
@@ -292,7 +312,7 @@ def _ending(statement: Update) -> Update:
         error_message=bindparam("why"),
     ).returning(
         jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.attempt,
-        jobs.c.session_id, jobs.c.session_seq, jobs.c.batch_id, jobs.c.line,
+        jobs.c.session_id, jobs.c.session_seq, jobs.c.batch_id, jobs.c.line, _call,
     )  # fmt: skip
 
 
@@ -324,7 +344,7 @@ _back = {
 }
 _row = (
     jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.session_id,
-    jobs.c.session_seq, jobs.c.attempt,
+    jobs.c.session_seq, jobs.c.attempt, _call,
 )  # fmt: skip
 _REQUEUE = (
     _fenced(_move(RUNNING, QUEUED))
@@ -403,7 +423,7 @@ def _requeue(
     row = connection.execute(_REQUEUE, {**fence, **values}).first()
     if row is None:
         return False
-    close_attempt(connection, row, row.attempt, what, code, why, spent, billable=False)
+    close_attempt(connection, row, what, code, why, spent, billable=False)
     return True
 
 
@@ -477,6 +497,23 @@ def _reaped(statement: Update) -> Update:
     )
 
 
+_LOCK_CALL = (
+    select(attempts.c.provider_call_ms)
+    .where(attempts.c.job_id == bindparam("job"), attempts.c.attempt == bindparam("by_attempt"))
+    .with_for_update()
+)
+
+
+def _with_call(connection: Connection, row: Any) -> Any:
+    """The row of a reaped job, with its call as it is on record by now.
+
+    A worker that is not dead may have marked it while we took the job; from here on it cannot.
+    """
+    its = {"job": row.id, "by_attempt": row.attempt}
+    called = connection.execute(_LOCK_CALL, its).scalar()
+    return SimpleNamespace(**{**row._mapping, "provider_call_ms": called})
+
+
 _REAP = _reaped(_move(RUNNING, QUEUED)).values(run_ms=NOW, rank=0, **_back).returning(*_row)
 _REAP_POISON = _ending(_reaped(_move(RUNNING, FAILED)))
 
@@ -486,7 +523,8 @@ def reap(connection: Connection, job_id: str, attempt: int) -> bool:
     row = connection.execute(_REAP, {"job": job_id, "by_attempt": attempt}).first()
     if row is None:
         return False
-    close_attempt(connection, row, attempt, "reaped", None, None, None, billable=False)
+    row = _with_call(connection, row)
+    close_attempt(connection, row, "reaped", None, None, None, billable=False)
     return True
 
 
@@ -496,7 +534,7 @@ def reap_poison(connection: Connection, job_id: str, attempt: int, outcome: Outc
         _REAP_POISON, {"job": job_id, "by_attempt": attempt, **_ending_values(outcome)}
     ).first()
     if row is not None:
-        write_finish(connection, row, outcome)
+        write_finish(connection, _with_call(connection, row), outcome)
     return row is not None
 
 

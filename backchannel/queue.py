@@ -103,7 +103,12 @@ async def queue_length(redis: Redis, prefix: str, lane: str) -> int:
 
 
 class Ringer:
-    """Rings for the API without making a POST wait; what fails is left to the dispatcher."""
+    """Rings for the API without making a POST wait; what fails is left to the dispatcher.
+
+    Ask `open` before a job is accepted, and write down in its row whether it is rung: one that is
+    on the books as rung, and was not, waits until it counts as lost, and the dispatcher looks for
+    lost ones among the oldest, which still have their doorbells and are then rung twice.
+    """
 
     # above this many waiting doorbells more help nobody: the dispatcher's window takes over
     ENOUGH = 1_000
@@ -117,9 +122,14 @@ class Ringer:
         self._not_before = 0.0
         self._task = asyncio.create_task(self._ring_forever(), name="ringer")
 
+    @property
+    def open(self) -> bool:
+        """Whether a job accepted now should be rung for here."""
+        return time.monotonic() >= self._not_before
+
     def ring(self, bell: Doorbell | None) -> None:
         """Ring soon; returns at once."""
-        if bell is not None and time.monotonic() >= self._not_before:
+        if bell is not None:
             self._bells.append(bell)
             self._some.set()
 

@@ -20,26 +20,25 @@ from backchannel.registry import Provider
 from backchannel.settings import Settings
 from backchannel.vault import provider_key
 from workers.circuit import Circuit
+from workers.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
     from openai import AsyncOpenAI
-
-    Client = AsyncOpenAI | AsyncAnthropic
 
 MAX_CLIENTS = 32  # providers times keys of one process; each holds a connection pool
 CONNECT_S = 15.0  # TCP and TLS
 RESOLVE_AND_CONNECT_S = 30.0  # and the name before it
 MAX_CONNECTIONS = 10_000  # admission bounds the jobs in flight; the pool must not do it again
 KEEP_ALIVE_S = 4.0  # below the 5 s of Node's servers, whose closing would race our next request
-ERROR_BODY_CAP = 64 << 10  # the SDKs read an error's body whole, however long it is
+ERROR_BODY_CAP = 64 << 10  # of an error's body, which is read whole
 NO_KEY = "no-key-needed"  # the SDKs insist on one; keyless servers ignore it
 
 SDK = {"openai-compatible": "openai", "anthropic": "anthropic"}
 # What a first call would import, the resources that the SDKs load lazily included.
 SDK_MODULES = {
-    "openai": ("openai", "openai.resources.chat.completions"),
-    "anthropic": ("anthropic", "anthropic.resources.messages"),
+    "openai": ("openai",),
+    "anthropic": ("anthropic",),
 }
 
 
@@ -60,7 +59,7 @@ def _key(provider: Provider, secret: str) -> _Key:
 
 @dataclass(slots=True)
 class _Entry:
-    client: Client
+    client: Endpoint
     users: int = 0
     retired: bool = False
 
@@ -83,7 +82,7 @@ class ClientCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, provider: Provider) -> Client | None:
+    def get(self, provider: Provider) -> Endpoint | None:
         """The client of a provider, None for echo. Calls are made under `use`, which keeps it open.
 
         Raises:
@@ -93,7 +92,7 @@ class ClientCache:
         return entry.client if entry else None
 
     @asynccontextmanager
-    async def use(self, provider: Provider) -> AsyncGenerator[Client | None]:
+    async def use(self, provider: Provider) -> AsyncGenerator[Endpoint | None]:
         """The client of a provider, open until the block ends even if it is evicted meanwhile.
 
         Raises:
@@ -166,7 +165,7 @@ class ClientCache:
         key = _key(provider, secret)
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = _Entry(_MAKE[provider.type](provider.base_url, secret))
+            entry = self._entries[key] = _Entry(_endpoint(provider, secret))
             while len(self._entries) > self._max_clients:
                 self._retire(next(iter(self._entries)))
         self._entries.move_to_end(key)
@@ -185,15 +184,27 @@ class ClientCache:
             await entry.client.close()
 
 
-def _openai(base_url: str, key: str) -> AsyncOpenAI:
-    from openai import AsyncOpenAI, DefaultAioHttpClient
+def _endpoint(provider: Provider, key: str) -> Endpoint:
+    if provider.type == "anthropic":
+        from anthropic import DefaultAioHttpClient as AnthropicHttp
+
+        http = AnthropicHttp(**_transport())
+        return Endpoint(_anthropic(provider.base_url, key, http), http, "/v1/messages")
+    from openai import DefaultAioHttpClient as OpenAIHttp
+
+    http = OpenAIHttp(**_transport())
+    return Endpoint(_openai(provider.base_url, key, http), http, "/chat/completions")
+
+
+def _openai(base_url: str, key: str, http: httpx2.AsyncClient) -> AsyncOpenAI:
+    from openai import AsyncOpenAI
 
     client = AsyncOpenAI(
         api_key=key,
         base_url=base_url,
         max_retries=0,
         timeout=_timeout(),
-        http_client=DefaultAioHttpClient(**_transport()),
+        http_client=http,
     )
     # None and {} as arguments mean "look into the environment": OPENAI_ORG_ID, OPENAI_PROJECT_ID
     # and OPENAI_CUSTOM_HEADERS would go to whatever server this is.
@@ -203,8 +214,8 @@ def _openai(base_url: str, key: str) -> AsyncOpenAI:
     return client
 
 
-def _anthropic(base_url: str, key: str) -> AsyncAnthropic:
-    from anthropic import AsyncAnthropic, DefaultAioHttpClient
+def _anthropic(base_url: str, key: str, http: httpx2.AsyncClient) -> AsyncAnthropic:
+    from anthropic import AsyncAnthropic
 
     client = AsyncAnthropic(
         api_key=key,
@@ -212,13 +223,10 @@ def _anthropic(base_url: str, key: str) -> AsyncAnthropic:
         max_retries=0,
         timeout=_timeout(),
         open_telemetry=False,  # the engine has a span of its own for the call
-        http_client=DefaultAioHttpClient(**_transport()),
+        http_client=http,
     )
     client._custom_headers = {}  # ANTHROPIC_CUSTOM_HEADERS, as above
     return client
-
-
-_MAKE: dict[str, Any] = {"openai-compatible": _openai, "anthropic": _anthropic}
 
 
 def _timeout() -> httpx2.Timeout:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import structlog
 from billiard.einfo import ExceptionInfo
 from celery.concurrency.base import BasePool
-from celery.exceptions import WorkerShutdown, WorkerTerminate
+from celery.exceptions import Ignore, WorkerShutdown, WorkerTerminate
 from kombu.serialization import loads
 
 from workers.process import get_process
@@ -40,6 +40,18 @@ class _Flight(NamedTuple):
     callback: Callable[..., Any]
     started: float
     future: Future[Any]
+
+
+def _nothing_to_do() -> ExceptionInfo:
+    try:
+        raise Ignore
+    except Ignore:
+        return ExceptionInfo()
+
+
+# What Celery's tracer returns for a doorbell that nothing came of. Made once: it takes a traceback
+# apart down to the columns, 1.5 ms each time, and behind a backlog such doorbells are many.
+_IGNORED = _nothing_to_do()
 
 
 class AsyncioPool(BasePool):
@@ -98,6 +110,10 @@ class AsyncioPool(BasePool):
         while self._landed:
             flight = self._landed.popleft()
             self._in_flight -= 1
+            future = flight.future
+            if not future.cancelled() and isinstance(future.exception(), Ignore):
+                flight.callback((1, _IGNORED, 0.0))
+                continue
             task = self.app.tasks[flight.args[0]]
             task.finished = flight.future
             try:

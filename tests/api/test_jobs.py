@@ -15,7 +15,7 @@ import pytest
 from backchannel import lifecycle
 from backchannel.db import Database
 from backchannel.pubsub import connect
-from backchannel.queue import queue_length
+from backchannel.queue import Ringer, queue_length
 from backchannel.settings import Settings
 from backchannel.tables import BATCH, CANCELLED, FAILED, INTERACTIVE, RUNNING, SUCCEEDED
 from tests import makers
@@ -105,6 +105,26 @@ async def test_a_post_becomes_a_row_a_doorbell_and_an_address(
         await asyncio.sleep(0.02)
     else:
         pytest.fail("the doorbell was not rung")
+    await redis.aclose()
+
+
+async def test_behind_a_long_queue_the_dispatcher_rings(
+    client: httpx2.AsyncClient, database: Database, settings: Settings
+) -> None:
+    redis, lane = connect(settings.redis), f"{settings.redis_prefix}{INTERACTIVE}"
+    await redis.lpush(lane, *[b"a doorbell"] * Ringer.ENOUGH)
+    first = (await post(client))["id"]
+    for _ in range(100):
+        if await redis.llen(lane) > Ringer.ENOUGH:
+            break
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.1)
+    second = (await post(client))["id"]
+    await asyncio.sleep(0.2)
+    assert await redis.llen(lane) == Ringer.ENOUGH + 1
+    # what the books call rung has its doorbell: no other is looked for, 5 s later, and rung twice
+    assert makers.row(database, first).rung_ms is not None
+    assert makers.row(database, second).rung_ms is None
     await redis.aclose()
 
 

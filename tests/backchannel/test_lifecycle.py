@@ -757,10 +757,10 @@ def against(claim: Claim) -> Step:
 def test_of_a_finish_and_a_reaper_exactly_one_wins(database_url: str) -> None:
     worker, caretaker = (Database(database_url, name=name) for name in ("worker", "caretaker"))
     ids = [each.result(60) for each in [worker.submit(_accept) for _ in range(RACES)]]
-    claims = [
-        replace(each.result(60), retries=number)
-        for number, each in enumerate([worker.submit(call_of(job_id)) for job_id in ids])
-    ]
+    claimed = [each.result(60) for each in [worker.submit(claim_of(job_id)) for job_id in ids]]
+    claims = [replace(claim, retries=number) for number, claim in enumerate(claimed) if claim]
+    marks = [worker.submit(lambda c, x=claim: lifecycle.mark_call(c, x)) for claim in claims]
+    assert all(mark.result(60) for mark in marks)
     worker.write_now(lambda c: c.execute(jobs.update().values(lease_ms=1)))
 
     results = race(
@@ -802,13 +802,3 @@ def test_of_a_claim_and_a_cancel_exactly_one_wins(database_url: str) -> None:
 
 def _accept(connection: Connection) -> str:
     return accept(connection, new_job()).job_id
-
-
-def call_of(job_id: str) -> Step:
-    def start(connection: Connection) -> Claim:
-        claim = lifecycle.claim(connection, job_id, "worker-1", LEASE_S)
-        assert claim is not None
-        assert lifecycle.mark_call(connection, claim)
-        return claim
-
-    return start

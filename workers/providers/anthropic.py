@@ -88,17 +88,9 @@ _EVENT = msgspec.json.Decoder(_Event)
 
 
 async def chat(client: Any, request: ChatRequest) -> AsyncIterator[ProviderEvent]:
-    """One message, asked of an `AsyncAnthropic`. The contract is in `workers.providers`."""
+    """One message. The contract is in `workers.providers`."""
     reading = _Reading()
-    body = messages_body(request)
-    call = client.messages.with_streaming_response.create(
-        model=request.model,
-        max_tokens=body.pop("max_tokens"),
-        messages=(),  # in the body, as in `openai_compatible`
-        stream=request.stream,
-        extra_body=body,
-    )
-    async with wire.opened(call, request) as answer:
+    async with wire.opened(client, messages_body(request), request) as answer:
         async for payload in answer.payloads:
             if answer.plain:
                 events = reading.document(answer.document(_Message, payload))

@@ -31,7 +31,7 @@ class _Untranslatable(Exception):
 
 
 def messages_body(request: ChatRequest) -> dict[str, Any]:
-    """The body, but for model and stream; ``extra_body`` wins over the parameters.
+    """The body; ``extra_body`` wins over the parameters.
 
     Raises:
         ProviderError: ``invalid_request``, naming the message that cannot be translated.
@@ -45,9 +45,7 @@ def messages_body(request: ChatRequest) -> dict[str, Any]:
         **request.parameters.get("extra_body", {}),
     }
     # last: what the books depend on is not the caller's to change
-    body.pop("model", None)
-    body.pop("stream", None)
-    body["messages"] = messages
+    body |= {"model": request.model, "messages": messages, "stream": request.stream}
     if system:
         body["system"] = system
     if "max_tokens" not in body:

@@ -96,7 +96,7 @@ STATUS: dict[int, str] = {
     529: "overloaded",
 }
 
-# First match wins, over the whole chain of causes: openai 3.54 reports a dropped connection as a
+# First match wins, over the whole chain of causes: a dropped connection may be reported as a
 # connect timeout, and only aiohttp's own exception below it tells the truth.
 NETWORK: tuple[tuple[tuple[type[BaseException], ...], str, str], ...] = (
     (
@@ -155,20 +155,18 @@ def classify(error: Exception, provider: Provider) -> ProviderError | None:
     """What went wrong with a call, or None for what is no provider's fault but a bug of ours."""
     if isinstance(error, ProviderError):
         return error
-    response = getattr(error, "response", None)
-    if isinstance(response, httpx2.Response):  # the SDKs' APIStatusError
-        return refusal(
-            provider,
-            _parsed(response.content),
-            status=response.status_code,
-            headers=response.headers,
-        )
     for kinds, code, what in NETWORK:
         for cause in _causes(error):
             if isinstance(cause, kinds):
                 detail = f" ({_one_line(str(cause))})" if code != "disconnected" else ""
                 return failure(provider.id, code, what.format(base_url=provider.base_url) + detail)
     return None
+
+
+def refused(response: httpx2.Response, provider: Provider) -> ProviderError:
+    """The error that an answer with another status than 2xx is; its body has been read."""
+    status, headers = response.status_code, response.headers
+    return refusal(provider, _parsed(response.content), status=status, headers=headers)
 
 
 def refusal(

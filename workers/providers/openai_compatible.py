@@ -93,16 +93,10 @@ _CHUNK = msgspec.json.Decoder(_Message)
 
 
 async def chat(client: Any, request: ChatRequest) -> AsyncIterator[ProviderEvent]:
-    """One chat completion, asked of an `AsyncOpenAI`. The contract is in `workers.providers`."""
+    """One chat completion. The contract is in `workers.providers`."""
     reading = _Reading()
     done = False
-    call = client.chat.completions.with_streaming_response.create(
-        model=request.model,
-        messages=(),  # in the body: the SDK's typed path would walk through every one of them
-        stream=request.stream,
-        extra_body=_body(request),
-    )
-    async with wire.opened(call, request) as answer:
+    async with wire.opened(client, _body(request), request) as answer:
         async for payload in answer.payloads:
             if payload.strip() == DONE:
                 done = True
@@ -128,7 +122,7 @@ async def chat(client: Any, request: ChatRequest) -> AsyncIterator[ProviderEvent
 
 
 def _body(request: ChatRequest) -> dict[str, Any]:
-    """The body, but for model and stream; ``extra_body`` wins over the parameters."""
+    """The body; ``extra_body`` wins over the parameters."""
     body = dict(request.parameters)
     extra = body.pop("extra_body", {})
     body.pop("n", None)
@@ -137,9 +131,9 @@ def _body(request: ChatRequest) -> dict[str, Any]:
             body[request.provider.max_tokens_field] = body.pop(name)
     body |= extra
     # last: what the books depend on is not the caller's to change
-    for name in ("model", "stream", "stream_options", "n"):
+    for name in ("stream_options", "n"):
         body.pop(name, None)
-    body["messages"] = request.messages
+    body |= {"model": request.model, "messages": request.messages, "stream": request.stream}
     if request.stream and request.provider.reports_stream_usage:
         body["stream_options"] = {"include_usage": True}
     return body

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
 from backchannel.errors import ProviderError
+from workers.endpoint import Endpoint
 from workers.providers import ChatRequest, Delta, ProviderEvent, Reasoning, ToolCall
-from workers.providers.failures import classify, failure, refusal
+from workers.providers.failures import classify, failure, refusal, refused
 
 T = TypeVar("T")
 _ANY = msgspec.json.Decoder()
@@ -209,12 +210,12 @@ class Answer:
 
 @asynccontextmanager
 async def opened(
-    call: AbstractAsyncContextManager[Any], request: ChatRequest
+    client: Endpoint, body: dict[str, Any], request: ChatRequest
 ) -> AsyncGenerator[Answer]:
     """Make the call and name every failure; leaving closes the response.
 
     Args:
-        call: What an SDK's ``with_streaming_response.create`` returns.
+        body: What is sent, as JSON.
         request: For the caps and the provider's name.
 
     Raises:
@@ -222,18 +223,22 @@ async def opened(
     """
     answer: Answer | None = None
     try:
-        async with call as response, aclosing(_body(response.http_response)) as body:
-            answer = Answer(body, request)
-            async with aclosing(answer.payloads):
-                yield answer
-            if answer.whole:
-                await answer.drain()
+        async with aclosing(await client.post(body)) as response:
+            if not response.is_success:
+                await response.aread()
+                raise refused(response, request.provider)
+            async with aclosing(_body(response)) as chunks:
+                answer = Answer(chunks, request)
+                async with aclosing(answer.payloads):
+                    yield answer
+                if answer.whole:
+                    await answer.drain()
     except Exception as error:
         classified = classify(error, request.provider)
         if classified is None:  # a bug of ours: let it be seen as one
             raise
         if answer is None or not answer.whole:
-            # not "from error": an SDK's exception carries the request, with prompt and key
+            # not "from error": a client's exception carries the request, with prompt and key
             raise classified from None
 
 

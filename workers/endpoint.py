@@ -1,0 +1,58 @@
+"""Where an adapter's calls go: the SDK's URL, headers and connections, put together once.
+
+The SDKs build each request anew, through typed parameters, options and retries: 0.6 ms of a short
+job's 1.9 on the event loop. Nothing of it differs from one chat to the next but the body.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import msgspec
+
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
+    from openai import AsyncOpenAI
+
+    Client = AsyncOpenAI | AsyncAnthropic
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Endpoint:
+    """One client of one SDK, and the chat address it would call.
+
+    Args:
+        client: For its address and its headers (keys, versions, who calls).
+        http: The HTTP client that it was made with; it closes with it.
+        path: Of chats, below the client's base URL.
+    """
+
+    def __init__(self, client: Client, http: httpx2.AsyncClient, path: str) -> None:
+        self._client = client
+        self._http = http
+        said = {**client.default_headers, **client.auth_headers}
+        headers = {name: value for name, value in said.items() if isinstance(value, str)}
+        url = str(client.base_url).rstrip("/") + path
+        self._like = http.build_request("POST", url, headers=headers)
+        del self._like.headers["content-length"]
+
+    async def post(self, body: dict[str, Any]) -> httpx2.Response:
+        """Ask; returns once the answer's headers are there. Whoever asked closes the response."""
+        request = httpx2.Request(
+            "POST",
+            self._like.url,
+            headers=self._like.headers,
+            content=_encode(body),
+            extensions=self._like.extensions,
+        )
+        return await self._http.send(request, stream=True)
+
+    async def close(self) -> None:
+        """Close the client and its connections."""
+        await self._client.close()
+
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return self._client.is_closed()
