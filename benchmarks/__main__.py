@@ -41,9 +41,10 @@ def serving_quick(url: str) -> Figures:
     with serving("sqlite", url) as home:
         return (
             memory.run(home)
-            | batch.run(home, 1_000)
+            | batch.run(home, 2_000)
             | first_text.run(home, {1: 10, 50: 1})
             | readers.run(home, 500)
+            | batch.lines(home, 100_000)
         )
 
 
@@ -55,6 +56,7 @@ def serving_full(url: str) -> Figures:
             | batch.run(home, 5_000)
             | first_text.run(home, {1: 20, 50: 2, 200: 1, 1000: 1})
             | readers.run(home, 2_000)
+            | batch.lines(home, 100_000)
         )
     with serving("postgresql", url) as home:
         return figures | batch.run(home, 5_000)

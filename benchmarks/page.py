@@ -145,7 +145,8 @@ those with a queue.
 
 ## Streams
 
-"Paced" is the first token after 100 ms and 20 ms a token, {STARTS_PER_S} new streams a second.
+The first token comes after 100 ms, and then one every 20 ms, or 100 ms where a thousand streams of
+the faster ones are more than a core can take; at most {STARTS_PER_S} streams begin in a second.
 
 {streams(results)}
 
@@ -153,8 +154,10 @@ those with a queue.
 
 Names say what: `first_text` is from POST to the first text on the SSE stream, less the provider's
 own time; `posts` are single POSTs on one API process (`empty` and `naive` are what one compares
-with; `us` is the server's CPU time a POST); `batch` is from the first POST to the last finished
-row; `backlog` is the CPU time to dispatch and claim one job with 1,000 and with `deep` queued.
+with; `us` is the server's CPU time a POST); `lines` is a file for `/v1/batches`, from the upload's
+first byte to its last line checked, and what it took of memory more than one of a tenth of its
+length; `batch` is from the upload to the last finished row; `backlog` is the CPU time to dispatch
+and claim one job with 1,000 and with `deep` queued.
 
 {figures(results)}
 """

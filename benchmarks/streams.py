@@ -23,17 +23,18 @@ from benchmarks.contenders.who import (
 )
 from benchmarks.figures import Cell
 from benchmarks.progress import say
-from benchmarks.work import AT_ONCE, SHORT, WARM_UP, Work, realistic
+from benchmarks.work import AT_ONCE, SHORT, WARM_UP, Work, realistic, unhurried
 
 OURS = (ON_SQLITE, ON_POSTGRES)
 PATIENTLY = (FLOOR, *OURS)
 
 
 class Plan(NamedTuple):
-    """A piece of work and who does it."""
+    """A piece of work, who does it, and how often at most."""
 
     work: Work
     who: tuple[str, ...]
+    rounds: int = 99
 
 
 FULL = (
@@ -41,6 +42,7 @@ FULL = (
     Plan(realistic(50), ALL),
     Plan(realistic(200), (FLOOR, SDK_LOOP, GEVENT, ON_SQLITE)),
     Plan(realistic(1000), (FLOOR, SDK_LOOP, *OURS)),
+    Plan(unhurried(1000), (FLOOR, SDK_LOOP, ON_SQLITE), rounds=1),
     Plan(realistic(50, "anthropic"), (FLOOR, ON_SQLITE)),
     Plan(Work(AT_ONCE, 200, 200), (FLOOR, SDK_LOOP, ON_SQLITE)),
     Plan(Work(SHORT, 500, 50), ALL),
@@ -90,6 +92,8 @@ async def _rounds(plans: tuple[Plan, ...], effort: Effort, who: dict[str, Conten
     table: Table = {(plan.work.name, name): Cell() for plan in plans for name in plan.who}
     for number in range(1, effort.rounds + 1):
         for plan in plans:
+            if number > plan.rounds:
+                continue
             say(f"round {number} of {effort.rounds}: {plan.work.name}")
             going = [
                 name
