@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, select
 
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.estimate import estimate
+from api.jobs import request_hash
+from api.pages import behind, ends
 from backchannel import batches as store
 from backchannel import files
 from backchannel.batch_input import ENDPOINTS
@@ -20,7 +20,7 @@ from backchannel.batches import NewBatch
 from backchannel.errors import Conflict, InvalidRequest, NotFound
 from backchannel.lifecycle import NOW, new_id
 from backchannel.schemas import Metadata
-from backchannel.tables import BATCH_TERMINAL, FAILED, VALIDATING, batches
+from backchannel.tables import BATCH_TERMINAL, CANCELLED, EXPIRED, FAILED, VALIDATING, batches
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=StrictRoute)
 
@@ -154,7 +154,7 @@ async def create_batch(
         input_file_id=asked.input_file_id,
         completion_window=asked.completion_window,
         window_s=window_s,
-        request_hash=_hash(asked.model_dump(exclude_unset=True)),
+        request_hash=request_hash(asked.model_dump(exclude_unset=True)),
         meta=asked.metadata,
         idempotency_key=key,
     )
@@ -162,8 +162,7 @@ async def create_batch(
         return await _dry_run(its, new)
 
     def write(connection: Connection) -> tuple[Batch, bool]:
-        _check_input(connection, new)
-        batch_id, created = store.create(connection, new)
+        batch_id, created = _create(connection, new)
         return _read(connection, batch_id, caller), created
 
     batch, created = await its.db.write(write)
@@ -183,6 +182,13 @@ def _window_s(window: str) -> int:
     return seconds
 
 
+def _create(connection: Connection, new: NewBatch) -> tuple[str, bool]:
+    batch_id, created = store.create(connection, new)
+    if created:  # a known key is answered though its file may be gone
+        _check_input(connection, new)
+    return batch_id, created
+
+
 def _check_input(connection: Connection, new: NewBatch) -> None:
     row = files.find(connection, new.input_file_id, new.caller)
     if row is None or row.kind != files.INPUT:
@@ -194,10 +200,6 @@ def _check_input(connection: Connection, new: NewBatch) -> None:
             f"{row.id} has the purpose {row.purpose}: upload it with purpose batch.",
             param="input_file_id",
         )
-
-
-def _hash(request: dict[str, Any]) -> str:
-    return hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest()
 
 
 async def _dry_run(its: Resources, new: NewBatch) -> Batch:
@@ -220,6 +222,11 @@ async def _dry_run(its: Resources, new: NewBatch) -> Batch:
     )
 
 
+_UNBEGUN = {FAILED: "its file has errors: correct it"} | dict.fromkeys(
+    (CANCELLED, EXPIRED), "it ended before its file was read: begin again"
+)
+
+
 @router.post("/{batch_id}/retry")
 async def retry_batch(
     batch_id: str, its: Shared, caller: Caller, response: Response, key: IdempotencyKey = None
@@ -231,7 +238,7 @@ async def retry_batch(
         if row.status not in BATCH_TERMINAL:
             raise Conflict(f"{batch_id} is {row.status}: it is not over.", code="not_finished")
         if row.status == FAILED or row.failed == 0:
-            why = "its file has errors: correct it" if row.status == FAILED else "nothing failed"
+            why = "nothing failed" if row.in_progress_ms else _UNBEGUN[row.status]
             raise Conflict(f"{batch_id} has no lines to retry: {why}.", code="nothing_to_retry")
         new = NewBatch(
             caller=caller,
@@ -239,13 +246,12 @@ async def retry_batch(
             input_file_id=row.input_file_id,
             completion_window=row.completion_window,
             window_s=_window_s(row.completion_window),
-            request_hash=_hash({"retry": batch_id}),
+            request_hash=request_hash({"retry": batch_id}),
             meta=row.meta,
             idempotency_key=key,
             parent_id=batch_id,
         )
-        _check_input(connection, new)
-        child, created = store.create(connection, new)
+        child, created = _create(connection, new)
         return _read(connection, child, caller), created
 
     batch, created = await its.db.write(write)
@@ -289,20 +295,11 @@ async def list_batches(
 ) -> BatchList:
     """A page of batches, the newest first."""
     statement = batches.select().where(batches.c.caller == caller)
-    if asked.after is not None:
-        statement = statement.where(batches.c.id < asked.after)
     if asked.idempotency_key is not None:
         statement = statement.where(batches.c.idempotency_key == asked.idempotency_key)
-    # one more tells whether there are more
-    statement = statement.order_by(batches.c.id.desc()).limit(asked.limit + 1)
-    found = await its.db.read(lambda c: [_batch_of(row) for row in c.execute(statement)])
-    data = found[: asked.limit]
-    return BatchList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=len(found) > asked.limit,
-    )
+    page = behind(statement, batches.c.id, asked.after, asked.limit, newest_first=True)
+    found = await its.db.read(lambda c: [_batch_of(row) for row in c.execute(page)])
+    return BatchList(**ends(found, asked.limit))
 
 
 @router.get("/{batch_id}")

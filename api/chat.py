@@ -21,17 +21,19 @@ from api.faces import (
     finished,
     found_of,
     stream,
+    unfinished,
 )
 from api.jobs import checked, submit
+from api.pages import behind
 from backchannel.chat_input import CreateChat
-from backchannel.chat_output import PREFIX, completion
+from backchannel.chat_output import PREFIX, completion, stored_message
 from backchannel.errors import naming
 from backchannel.schemas import Metadata
-from backchannel.tables import SUCCEEDED, jobs
+from backchannel.tables import SUCCEEDED, TERMINAL, jobs
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"], route_class=StrictRoute)
 
-CHAT = Face("chat.completion", PREFIX)
+CHAT = Face("chat.completion", PREFIX, router.prefix)
 
 
 class UpdateChat(BaseModel):
@@ -64,7 +66,9 @@ async def create_chat(
         found = await find(its, caller, CHAT, CHAT.id_of(job.id))
         usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         chunks = Chunks(job.id, found.created_s, job.model, include_usage=usage)
-        return stream(its, caller, job.id, chunks, leaving_cancels=leaving_cancels)
+        return stream(
+            its, caller, job.id, chunks, leaving_cancels=leaving_cancels, headers=response.headers
+        )
     found = await finished(its, request, caller, CHAT, job, leaving_cancels)
     response.headers.update(
         {"x-backchannel-job": job.id, "Location": f"{router.prefix}/{_id(found)}"}
@@ -112,15 +116,10 @@ async def list_chats(
     for name, value in request.query_params.items():
         if name.startswith("metadata["):
             wanted.append(jobs.c.meta[name[len("metadata[") : -1]].as_string() == value)
-    oldest_first = asked.order == "asc"
-    if asked.after is not None:
-        last = CHAT.job_id(asked.after)
-        wanted.append(jobs.c.id > last if oldest_first else jobs.c.id < last)
-    page = (
-        FOUND.where(*wanted)
-        .order_by(jobs.c.id if oldest_first else jobs.c.id.desc())
-        .limit(asked.limit + 1)  # one more tells whether there are more
-    )
+    page = behind(
+        FOUND.where(*wanted), jobs.c.id, asked.after and CHAT.job_id(asked.after), asked.limit,
+        newest_first=asked.order == "desc",
+    )  # fmt: skip
     found = await its.db.read(lambda c: [found_of(row) for row in c.execute(page)])
     data = [_shown(each) for each in found[: asked.limit]]
     return page_of(data, has_more=len(found) > asked.limit)
@@ -139,7 +138,7 @@ async def get_chat(
     completion_id: str, request: Request, its: Shared, caller: Caller, response: Response
 ) -> dict[str, Any]:
     """A completion as soon as it has its answer: what its POST gave, or would have given."""
-    found = await find(its, caller, CHAT, completion_id)
+    found = await find(its, caller, CHAT, completion_id, lines=True)
     found = await finished(its, request, caller, CHAT, found.job, leaving_cancels=False)
     response.headers["x-backchannel-job"] = found.job.id
     return _shown(found)
@@ -156,10 +155,10 @@ async def list_chat_messages(
     order: Literal["asc", "desc"] = "asc",
 ) -> dict[str, Any]:
     """What was asked, message by message."""
-    found = await find(its, caller, CHAT, completion_id)
+    found = await find(its, caller, CHAT, completion_id, lines=True)
     response.headers["x-backchannel-job"] = found.job.id
     said = [
-        {"id": f"{completion_id}-{place}", "content": None, **message}
+        {"id": f"{completion_id}-{place}", **stored_message(message)}
         for place, message in enumerate(found.messages)
     ]
     return cut(said, limit, after, newest_first=order == "desc")
@@ -181,6 +180,8 @@ async def update_chat(
 ) -> dict[str, Any]:
     """Replace a stored completion's metadata."""
     found = await find(its, caller, CHAT, completion_id)
+    if found.job.state not in TERMINAL:
+        raise unfinished(completion_id, found.job, "it has no answer to keep metadata with yet")
     shown = _shown(found)
     change = update(jobs).where(jobs.c.id == found.job.id).values(meta=asked.metadata or {})
 

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from backchannel import files
-from backchannel.batch_input import MAX_FAULTS, Asked, Fault, ask, check_lines, too_long
+from backchannel.batch_input import (
+    EMPTY,
+    MAX_FAULTS,
+    Asked,
+    Fault,
+    Head,
+    ask,
+    check_lines,
+    duplicate,
+    too_long,
+)
 from backchannel.db import Database
 from backchannel.errors import InvalidRequest
 from backchannel.files import Chunk
@@ -20,10 +35,13 @@ TOKENS_PER_MESSAGE = 4
 # An answer without a cap of its own: a sentence at least, a long page at most.
 SHORT_ANSWER, LONG_ANSWER = 50, 2_000
 METHOD = (
-    "Input: a token for every 5 (low) or 3 (high) characters of text, and 4 a message. Output: "
-    "50 tokens (low), and the line's own cap or 2,000 (high). Images, cached input and retries are "
-    "not in it. Prices are today's."
+    "Input: a token for every 5 (low) or 3 (high) characters of text and tools, and 4 a message. "
+    "Output: 50 tokens (low), and the line's own cap or 2,000 (high). Images, cached input and "
+    "retries are not in it. Prices are today's."
 )
+
+
+_encode = msgspec.json.Encoder().encode
 
 
 @dataclass
@@ -36,9 +54,45 @@ class ModelEstimate:
     low_output: int = 0
     high_output: int = 0
 
-    def input_tokens(self, pace: str) -> int:
+    def add(
+        self, system: str | None, messages: list[dict[str, Any]], parameters: dict[str, Any]
+    ) -> None:
+        """Count a chat's input."""
+        self.lines += 1
+        self.messages += len(messages)
+        self.chars += len(system or "") + sum(map(_chars, messages))
+        for name in ("tools", "response_format"):
+            self.chars += len(_encode(parameters[name])) if name in parameters else 0
+
+    def input_tokens(self, pace: str = "likely") -> int:
         """The input, at a number of characters per token."""
         return int(self.chars / CHARS_PER_TOKEN[pace]) + TOKENS_PER_MESSAGE * self.messages
+
+
+class Seen:
+    """The custom_ids so far: in a file without a name, since a million take 100 MB in memory."""
+
+    def __init__(self) -> None:
+        # used by one thread at a time, though not always by the same
+        self._ids = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._ids.execute("PRAGMA journal_mode = OFF")
+        self._ids.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
+
+    def add(self, heads: Iterable[Head]) -> list[Fault]:
+        """Remember some lines; what is wrong with those whose custom_id was there before."""
+        add = "INSERT OR IGNORE INTO ids VALUES (?)"
+        self._ids.execute("BEGIN")
+        faults = [
+            duplicate(*head)
+            for head in heads
+            if not self._ids.execute(add, (head.custom_id,)).rowcount
+        ]
+        self._ids.execute("COMMIT")
+        return faults
+
+    def close(self) -> None:
+        """Forget them all."""
+        self._ids.close()
 
 
 @dataclass
@@ -46,6 +100,7 @@ class Estimate:
     """What a file would use, per model; and what is wrong with it."""
 
     registry: Registry
+    seen: Seen
     lines: int = 0
     bad_lines: int = 0
     faults: list[dict[str, Any]] = field(default_factory=list)
@@ -80,7 +135,7 @@ class Estimate:
         high = price(provider, name, Tokens(each.input_tokens("high"), each.high_output)).nanousd
         return {
             "lines": each.lines,
-            "input_tokens": each.input_tokens("likely"),
+            "input_tokens": each.input_tokens(),
             "output_tokens": {"low": each.low_output, "high": each.high_output},
             "cost_usd": {
                 "low": None if low is None else low / 1e9,
@@ -92,9 +147,10 @@ class Estimate:
         """Count a chunk's lines."""
         lines = chunk.unpack()
         heads, faults = check_lines(lines, chunk.first_line, endpoint)
-        self.add_faults(faults)
+        twice = self.seen.add(heads)
+        self.add_faults(sorted([*faults, *twice], key=lambda fault: fault.line or 0))
+        self.lines += len(heads) - len(twice)
         for head in heads:
-            self.lines += 1
             try:
                 self._add(ask(endpoint, lines[head.line - chunk.first_line], self.registry))
             except InvalidRequest:
@@ -108,9 +164,7 @@ class Estimate:
 
     def _add(self, asked: Asked) -> None:
         its = self.models.setdefault(asked.resolved.id, ModelEstimate())
-        its.lines += 1
-        its.messages += len(asked.messages)
-        its.chars += len(asked.order.system or "") + sum(map(_chars, asked.messages))
+        its.add(asked.order.system, asked.messages, asked.parameters)
         limits = [asked.parameters.get(name) for name in ("max_completion_tokens", "max_tokens")]
         cap = next((limit for limit in limits if isinstance(limit, int)), LONG_ANSWER)
         its.low_output += min(SHORT_ANSWER, cap)
@@ -118,20 +172,24 @@ class Estimate:
 
 
 def _chars(message: dict[str, Any]) -> int:
-    content = message.get("content")
+    content, calls = message.get("content"), message.get("tool_calls")
+    called = len(_encode(calls)) if calls else 0
     if isinstance(content, str):
-        return len(content)
-    return sum(len(part.get("text") or "") for part in content or ())
+        return called + len(content)
+    return called + sum(len(part.get("text") or "") for part in content or ())
 
 
 async def estimate(db: Database, registry: Registry, file_id: str, endpoint: str) -> Estimate:
     """Read a file, a chunk at a time, and say what it would cost."""
-    found, n = Estimate(registry), 0
-    while (chunk := await db.read(lambda c: files.chunk(c, file_id, n))) is not None:  # noqa: B023
-        last = await db.read(lambda c: files.is_last(c, file_id, n))  # noqa: B023
-        if not last and chunk.is_torn():
-            found.add_faults([too_long(chunk.first_line + chunk.lines)])
-        else:
-            await asyncio.to_thread(found.add, chunk, endpoint)
-        n += 1
+    with closing(Seen()) as seen:
+        found, n = Estimate(registry, seen), 0
+        while (chunk := await db.read(lambda c: files.chunk(c, file_id, n))) is not None:  # noqa: B023
+            last = await db.read(lambda c: files.is_last(c, file_id, n))  # noqa: B023
+            if not last and chunk.is_torn():
+                found.add_faults([too_long(chunk.first_line + chunk.lines)])
+            else:
+                await asyncio.to_thread(found.add, chunk, endpoint)
+            n += 1
+    if not found.lines and not found.faults_count:
+        found.add_faults([EMPTY])
     return found

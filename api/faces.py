@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
 
 from fastapi import BackgroundTasks, Header, Request
-from sqlalchemy import Connection, and_, bindparam
+from sqlalchemy import Connection, bindparam
 from sse_starlette import EventSourceResponse
 from starlette.types import Message
 
 from api.deps import Resources
 from api.jobs import PING_S, Ping, cancel, follow, until_finished
 from backchannel.background import end
+from backchannel.batch_input import LINE
 from backchannel.errors import (
     BackchannelError,
     Conflict,
@@ -27,7 +28,7 @@ from backchannel.errors import (
 from backchannel.events import Event
 from backchannel.forget import forget
 from backchannel.schemas import JOB, Job, job_of
-from backchannel.tables import TERMINAL, jobs, requests
+from backchannel.tables import TERMINAL, batches, jobs, requests
 
 FAREWELL_S = 2.0  # what a stream has to say why it ends, when the process stops
 
@@ -47,6 +48,7 @@ class Face:
 
     kind: str
     prefix: str
+    endpoint: str  # where it is asked; what a batch's lines name
 
     def id_of(self, job_id: str) -> str:
         """The public id; it has the job's own digits, so there is no second id to keep."""
@@ -70,34 +72,43 @@ class Found(NamedTuple):
     created_s: int
     messages: list[dict[str, Any]]
     asked: dict[str, Any]
+    of_batch: bool = False
 
 
 # Everything `found_of` needs; add conditions.
 FOUND = JOB.add_columns(requests.c.messages, requests.c.asked).join(
     requests, requests.c.job_id == jobs.c.id
 )
-_ONE = FOUND.where(
-    and_(
-        jobs.c.id == bindparam("job"),
-        jobs.c.caller == bindparam("who"),
-        jobs.c.kind == bindparam("face"),
-    )
+_OWN = FOUND.where(jobs.c.id == bindparam("job"), jobs.c.caller == bindparam("who"))
+_ONE = _OWN.where(jobs.c.kind == bindparam("face"))
+_LINE = _OWN.join(batches, batches.c.id == jobs.c.batch_id).where(
+    jobs.c.kind == LINE, batches.c.endpoint == bindparam("endpoint")
 )
 
 
 def found_of(row: Any) -> Found:
     """A row of `FOUND`."""
-    return Found(job_of(row), row.created_ms // 1000, row.messages, row.asked or {})
+    own = Found(job_of(row), row.created_ms // 1000, row.messages, row.asked or {})
+    return own._replace(of_batch=row.kind == LINE)
 
 
-async def find(its: Resources, caller: str, face: Face, public_id: str) -> Found:
+async def find(
+    its: Resources, caller: str, face: Face, public_id: str, *, lines: bool = False
+) -> Found:
     """The caller's job with this public id.
+
+    Args:
+        lines: Also the line of a batch that its output shows with this id. Those are only read:
+            what changed or deleted one would change a file that its reader may rely on.
 
     Raises:
         NotFound: There is none, it is somebody else's, or it was asked through another face.
     """
-    values = {"job": face.job_id(public_id), "who": caller, "face": face.kind}
-    row = await its.db.read(lambda c: c.execute(_ONE, values).first())
+    who = {"job": face.job_id(public_id), "who": caller}
+    row = await its.db.read(lambda c: c.execute(_ONE, who | {"face": face.kind}).first())
+    if row is None and lines:
+        line = who | {"endpoint": face.endpoint}
+        row = await its.db.read(lambda c: c.execute(_LINE, line).first())
     if row is None:
         raise face.missing(public_id)
     return found_of(row)
@@ -116,7 +127,7 @@ async def finished(
     """
     if job.state not in TERMINAL:
         await until_finished(its, job.id, or_until=gone(request))
-    found = await find(its, caller, face, face.id_of(job.id))
+    found = await find(its, caller, face, face.id_of(job.id), lines=True)
     if found.job.state not in TERMINAL:
         if leaving_cancels and not its.stopping.is_set():
             await cancelled(its, caller, job.id)
@@ -147,6 +158,11 @@ def _unfinished(job_id: str) -> Unavailable:
     return error
 
 
+def unfinished(public_id: str, job: Job, why: str) -> Conflict:
+    """What was asked for needs the end of the job."""
+    return Conflict(f"{public_id} is {job.state}: {why}.", code="not_finished")
+
+
 def failure_of(job: Job) -> JobFailed:
     """The error of a job that did not succeed."""
     return job_failed(job.id, job.state, None if job.error is None else job.error.model_dump())
@@ -172,6 +188,7 @@ def stream(
     *,
     first: list[bytes] | None = None,
     leaving_cancels: bool = False,
+    headers: Mapping[str, str] | None = None,
 ) -> EventSourceResponse:
     """A job's events in a face's form, from the first one, live up to its end."""
 
@@ -191,7 +208,7 @@ def stream(
 
     return EventSourceResponse(
         frames(),
-        headers={"x-backchannel-job": job_id},
+        headers={**(headers or {}), "x-backchannel-job": job_id},
         sep="\n",
         ping=PING_S,
         ping_message_factory=Ping,
@@ -243,10 +260,7 @@ async def delete(its: Resources, caller: str, face: Face, public_id: str) -> Non
     """
     found = await find(its, caller, face, public_id)
     if found.job.state not in TERMINAL:
-        raise Conflict(
-            f"{public_id} is {found.job.state}: cancel it before you delete it.",
-            code="not_finished",
-        )
+        raise unfinished(public_id, found.job, "cancel it before you delete it")
 
     def write(connection: Connection) -> None:
         forget(connection, found.job.id)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from api.deps import Caller, Resources, Shared, StrictRoute
+from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
+from api.jobs import request_hash
 from api.multipart import Form, read_form
+from api.pages import behind, ends
 from backchannel import files as store
 from backchannel.batch_output import FIRST_PAGE, Page, next_room, page
 from backchannel.batches import new_file_id
 from backchannel.errors import BackchannelError, InvalidRequest, NotFound, TooLarge
+from backchannel.file_keys import settle
 from backchannel.files import INPUT, PROCESSED, Chunk, Cutter
 from backchannel.lifecycle import NOW
 from backchannel.tables import files
@@ -27,6 +32,7 @@ router = APIRouter(prefix="/v1/files", tags=["files"], route_class=StrictRoute)
 Purpose = Literal["assistants", "batch", "batch_output", "fine-tune", "user_data", "vision"]
 UPLOADS = ("batch", "user_data", "assistants", "fine-tune", "vision")
 SHORTEST_LIFE_S, LONGEST_LIFE_S = 3_600, 2_592_000  # OpenAI's own bounds
+_SECONDS = re.compile("[0-9]{1,9}")
 
 
 class StoredFile(BaseModel):
@@ -95,12 +101,15 @@ _FORM = {
 
 
 @router.post("", openapi_extra=_FORM)
-async def create_file(request: Request, its: Shared, caller: Caller) -> StoredFile:
+async def create_file(
+    request: Request, its: Shared, caller: Caller, response: Response, key: IdempotencyKey = None
+) -> StoredFile:
     """Store a file; it is there once this answers."""
     file_id = new_file_id()
+    content = None if key is None else hashlib.sha256()
     await its.db.write(lambda c: store.begin(c, file_id, caller))
     try:
-        form, size = await _receive(its, file_id, request)
+        form, size = await _receive(its, file_id, request, content)
         purpose, expires_in_s = _wishes(form)
 
         def complete(connection: Connection) -> StoredFile:
@@ -108,9 +117,19 @@ async def create_file(request: Request, its: Shared, caller: Caller) -> StoredFi
                 connection, file_id,
                 filename=form.filename or "", size=size, purpose=purpose, expires_in_s=expires_in_s,
             )  # fmt: skip
-            return _file_of(_found(connection, file_id, caller))
+            first = file_id
+            if key is not None and content is not None:
+                sent = {"file": content.hexdigest(), "name": form.filename, "life": expires_in_s}
+                digest = request_hash(sent | {"purpose": purpose})
+                first = settle(connection, caller, key, digest, file_id)
+            if first != file_id:
+                store.drop(connection, file_id)
+            return _file_of(_found(connection, first, caller))
 
-        return await its.db.write(complete)
+        file = await its.db.write(complete)
+        if file.id != file_id:
+            response.headers["Idempotent-Replay"] = "true"
+        return file
     except BaseException:
         # also when the client goes away; what even this leaves behind is removed within a day
         with contextlib.suppress(BackchannelError):
@@ -118,7 +137,9 @@ async def create_file(request: Request, its: Shared, caller: Caller) -> StoredFi
         raise
 
 
-async def _receive(its: Resources, file_id: str, request: Request) -> tuple[Form, int]:
+async def _receive(
+    its: Resources, file_id: str, request: Request, content: hashlib._Hash | None
+) -> tuple[Form, int]:
     cutter = Cutter()
     cap = its.settings.max_file_bytes
 
@@ -132,6 +153,8 @@ async def _receive(its: Resources, file_id: str, request: Request) -> tuple[Form
                 f"The file is over {cap:,} bytes. Send it in parts, or raise "
                 "BACKCHANNEL_MAX_FILE_BYTES."
             )
+        if content is not None:
+            content.update(piece)
         if cutter.add(piece):
             await keep(await asyncio.to_thread(cutter.cut))
 
@@ -150,7 +173,8 @@ def _wishes(form: Form) -> tuple[str, int | None]:
     if seconds is None:
         return purpose, None
     param = "expires_after.seconds"
-    if not seconds.isdigit() or not SHORTEST_LIFE_S <= int(seconds) <= LONGEST_LIFE_S:
+    known = _SECONDS.fullmatch(seconds)
+    if not known or not SHORTEST_LIFE_S <= int(seconds) <= LONGEST_LIFE_S:
         raise InvalidRequest(f"{param}: {SHORTEST_LIFE_S} to {LONGEST_LIFE_S}.", param=param)
     return purpose, int(seconds)
 
@@ -181,23 +205,12 @@ async def list_files(
     ]
     if asked.purpose is not None:
         wanted.append(files.c.purpose == asked.purpose)
-    newest_first = asked.order == "desc"
-    if asked.after is not None:
-        wanted.append(files.c.id < asked.after if newest_first else files.c.id > asked.after)
-    statement = (
-        files.select()
-        .where(*wanted)
-        .order_by(files.c.id.desc() if newest_first else files.c.id)
-        .limit(asked.limit + 1)  # one more tells whether there are more
-    )
-    found = await its.db.read(lambda c: [_file_of(row) for row in c.execute(statement)])
-    data = found[: asked.limit]
-    return FileList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=len(found) > asked.limit,
-    )
+    page = behind(
+        files.select().where(*wanted), files.c.id, asked.after, asked.limit,
+        newest_first=asked.order == "desc",
+    )  # fmt: skip
+    found = await its.db.read(lambda c: [_file_of(row) for row in c.execute(page)])
+    return FileList(**ends(found, asked.limit))
 
 
 @router.get("/{file_id}")

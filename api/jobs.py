@@ -144,7 +144,7 @@ async def checked(
         instructions=asked.system,
         messages=messages,
         parameters=check_parameters(asked.parameters or {}, resolved.provider),
-        request_hash=_hash(sent if face is None else {kind: sent}),
+        request_hash=request_hash(sent if face is None else {kind: sent}),
         deadline_s=asked.deadline_s or longest,
         stream=asked.stream,
         kind=kind,
@@ -166,7 +166,8 @@ async def _model_of_session(its: Resources, caller: str, session_id: str) -> str
     return f"{row.provider}:{row.model}"
 
 
-def _hash(request: dict[str, Any]) -> str:
+def request_hash(request: dict[str, Any]) -> str:
+    """What tells one request from another under the same Idempotency-Key."""
     return hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest()
 
 
@@ -196,7 +197,7 @@ async def retry_job(
         asked=row.asked,
         messages=row.messages,
         parameters=check_parameters(row.parameters, resolved.provider),
-        request_hash=_hash({"retry": job_id}),
+        request_hash=request_hash({"retry": job_id}),
         deadline_s=(row.deadline_ms - row.created_ms) / 1000,
         stream=row.stream,
         idempotency_key=key,

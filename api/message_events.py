@@ -64,7 +64,7 @@ def _block(item: Item) -> Body:
         case "text":
             return {"type": "text", "text": item.text}
         case "reasoning":
-            return {"type": "thinking", "thinking": item.text, "signature": ""}
+            return {"type": "thinking", "thinking": item.text, "signature": item.signature}
         case "tool_call":
             return {**_empty(item), "input": _arguments(item.text)}
 
@@ -143,11 +143,14 @@ def _step(step: Step) -> Body:
             return {**place, "content_block": _empty(step.item)}
         case "piece":
             return {**place, "delta": _delta(step.item, step.piece)}
+        case "signed":
+            signed = {"type": "signature_delta", "signature": step.piece}
+            return {**place, "delta": signed}
         case "close":
             return place
 
 
-_STEPS = {"open": "start", "piece": "delta", "close": "stop"}
+_STEPS = {"open": "start", "piece": "delta", "signed": "delta", "close": "stop"}
 
 
 def _empty(item: Item) -> Body:

@@ -53,6 +53,12 @@ class CreateMessage(NullsAreNotGiven):
     top_p: float | None = None
 
 
+class CountTokens(CreateMessage):
+    """A message whose input is to be counted."""
+
+    max_tokens: int = Field(1, gt=0)
+
+
 # ---------------------------------------------------------------- parameters
 
 _SAME = ("max_tokens", "service_tier", "temperature", "thinking", "top_k", "top_p")
@@ -154,9 +160,12 @@ def _turn(said: Said, place: str) -> list[dict[str, Any]]:
     return results
 
 
+_THOUGHTS = ("thinking", "redacted_thinking")
+
+
 def _assistant(blocks: list[Block], place: str) -> dict[str, Any]:
-    # thinking is dropped: only the provider that signed it could take it back
-    told = [b for b in blocks if b["type"] not in ("tool_use", "thinking", "redacted_thinking")]
+    thought = [b for b in blocks if b["type"] in _THOUGHTS]
+    told = [b for b in blocks if b["type"] != "tool_use" and b["type"] not in _THOUGHTS]
     calls = [
         {
             "id": block["id"],
@@ -170,6 +179,8 @@ def _assistant(blocks: list[Block], place: str) -> dict[str, Any]:
         if block["type"] == "tool_use"
     ]
     message = {"role": "assistant", "content": _content(told, place) or (None if calls else "")}
+    if thought:  # goes to a provider of Anthropic's type only: who signed it wants it back
+        message["thinking_blocks"] = thought
     return {**message, "tool_calls": calls} if calls else message
 
 

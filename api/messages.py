@@ -7,17 +7,19 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from api.deps import Caller, IdempotencyKey, Shared, StrictRoute
+from api.estimate import ModelEstimate
 from api.faces import Face, LeavingCancels, failure_of, finished, stream
 from api.jobs import checked, submit
 from api.message_events import MessageEvents, message
-from api.message_input import NAMES, CreateMessage, messages_of, parameters_of
+from api.message_input import NAMES, CountTokens, CreateMessage, messages_of, parameters_of
 from backchannel.errors import naming
+from backchannel.parameters import check_parameters
 from backchannel.schemas import CreateJob
 from backchannel.tables import SUCCEEDED
 
 router = APIRouter(prefix="/v1/messages", tags=["messages"], route_class=StrictRoute)
 
-MESSAGE = Face("message", "msg_")
+MESSAGE = Face("message", "msg_", router.prefix)
 
 
 @router.post("", response_model=None)
@@ -40,10 +42,22 @@ async def create_message(
     job = await submit(its, new, response)
     if asked.stream:
         said = MessageEvents(job.id, job.model)
-        return stream(its, caller, job.id, said, leaving_cancels=leaving_cancels)
+        return stream(
+            its, caller, job.id, said, leaving_cancels=leaving_cancels, headers=response.headers
+        )
     job = (await finished(its, request, caller, MESSAGE, job, leaving_cancels)).job
     if job.state != SUCCEEDED:
         raise failure_of(job)
     response.headers.update({"x-backchannel-job": job.id, "Location": f"/v1/jobs/{job.id}"})
     usage = None if job.usage is None else job.usage.model_dump()
     return message(job.id, job.model, job.message, job.finish_reason, usage)
+
+
+@router.post("/count_tokens")
+async def count_tokens(asked: CountTokens, its: Shared) -> dict[str, int]:
+    """About how long a message's input would be, judged by its characters: nobody is asked."""
+    counted = ModelEstimate()
+    with naming(NAMES):
+        provider = its.registry.resolve(asked.model).provider
+        counted.add(None, messages_of(asked), check_parameters(parameters_of(asked), provider))
+    return {"input_tokens": counted.input_tokens()}

@@ -14,6 +14,7 @@ from backchannel.errors import InvalidRequest, TooLarge
 
 MAX_HEAD_BYTES = 16 << 10  # of a part's headers
 MAX_FIELD_BYTES = 64 << 10
+MAX_FIELDS = 50
 FILE = "file"
 
 _NAME = re.compile(rb'\bname="((?:[^"\\]|\\.)*)"')
@@ -34,8 +35,8 @@ async def read_form(
     """Read a form to its end; `take` gets the file's bytes.
 
     Raises:
-        InvalidRequest: It is no such form, or ends too early.
-        TooLarge: A field is.
+        InvalidRequest: It is no such form, has two files, or ends too early.
+        TooLarge: A field is, or there are too many.
     """
     reader = _Reader(_boundary(content_type), body)
     form = Form()
@@ -43,12 +44,16 @@ async def read_form(
     while (head := await reader.head()) is not None:
         name = _quoted(_NAME, head)
         if name == FILE:
+            if form.filename is not None:
+                raise InvalidRequest("file: give one, and send others by themselves.", param=FILE)
             form.filename = _quoted(_FILENAME, head) or "upload"
             await reader.until(reader.delimiter, take)
         else:
             field = bytearray()
             await reader.until(reader.delimiter, _collector(field))
             form.fields[name or ""] = field.decode(errors="replace")
+            if len(form.fields) > MAX_FIELDS:
+                raise TooLarge(f"The form has over {MAX_FIELDS} fields.")
     return form
 
 

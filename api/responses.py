@@ -23,14 +23,16 @@ from api.jobs import checked, stored_log, submit, until_finished
 from api.response_events import ResponseEvents, finished_response
 from api.response_sessions import entering
 from backchannel.accept import accept
-from backchannel.errors import InvalidRequest, NotFound, Unavailable, naming
+from backchannel.errors import Conflict, InvalidRequest, NotFound, Unavailable, naming
+from backchannel.pieces import items_of_message
 from backchannel.response_input import CreateResponse, items_of
-from backchannel.response_output import PREFIX, head
+from backchannel.response_output import PREFIX, ending, head
+from backchannel.schemas import Job
 from backchannel.tables import EXPIRED, FAILED, TERMINAL
 
 router = APIRouter(prefix="/v1/responses", tags=["responses"], route_class=StrictRoute)
 
-RESPONSE = Face("response", PREFIX)
+RESPONSE = Face("response", PREFIX, router.prefix)
 CANCEL_S = 5.0  # a running job ends within moments; a client would rather see it cancelled
 
 
@@ -62,7 +64,9 @@ async def create_response(
     job = await submit(its, new, response, enter)
     found = await find(its, caller, RESPONSE, RESPONSE.id_of(job.id))
     if asked.stream:
-        return _stream(its, caller, found, leaving_cancels=leaving_cancels)
+        return _stream(
+            its, caller, found, leaving_cancels=leaving_cancels, headers=response.headers
+        )
     if not asked.background:
         found = await finished(its, request, caller, RESPONSE, job, leaving_cancels)
         if found.job.state in (FAILED, EXPIRED):
@@ -109,18 +113,24 @@ async def _shown(its: Resources, found: Found) -> dict[str, Any]:
     job, begun = found.job, _head(found)
     if job.state not in TERMINAL:
         return begun | {"status": "in_progress" if job.attempt else "queued"}
+    if found.of_batch:
+        return begun | _ending(job)
     log = await stored_log(its, job.id)
     if log is None:
         raise Unavailable("The database does not answer. Try again.")
     return finished_response(job.id, begun, log)
 
 
-def _stream(
-    its: Resources, caller: str, found: Found, after: int = -1, *, leaving_cancels: bool = False
-) -> Response:
-    job_id = found.job.id
-    said = ResponseEvents(job_id, _head(found), after)
-    return stream(its, caller, job_id, said, first=said.first(), leaving_cancels=leaving_cancels)
+def _ending(job: Job) -> dict[str, Any]:
+    """How a line of a batch ended: nobody could watch it, so its stream has no words."""
+    said = job.model_dump()
+    end = {name: said[name] for name in ("state", "finish_reason", "usage", "error")}
+    return ending(job.id, items_of_message(job.message), end)
+
+
+def _stream(its: Resources, caller: str, found: Found, after: int = -1, **how: Any) -> Response:
+    said = ResponseEvents(found.job.id, _head(found), after)
+    return stream(its, caller, found.job.id, said, first=said.first(), **how)
 
 
 # ---------------------------------------------------------------- stored
@@ -136,7 +146,12 @@ async def get_response(
     starting_after: Annotated[int, Query(ge=-1, description="The last number you have.")] = -1,
 ) -> Response | dict[str, Any]:
     """A response as it stands; or its stream, from the first event, live or long over."""
-    found = await find(its, caller, RESPONSE, response_id)
+    found = await find(its, caller, RESPONSE, response_id, lines=True)
+    if stream and found.of_batch:
+        raise Conflict(
+            f"{response_id} is a line of a batch, whose answer comes whole: fetch it plain.",
+            code="not_streamed",
+        )
     if stream:
         return _stream(its, caller, found, starting_after)
     response.headers["x-backchannel-job"] = found.job.id

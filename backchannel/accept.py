@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from backchannel.books import Doorbell, doorbell
-from backchannel.errors import Conflict, NotFound
+from backchannel.errors import NotFound, key_mismatch
 from backchannel.lifecycle import NOW, new_id
 from backchannel.tables import INTERACTIVE, QUEUED, RUNNING, jobs, requests, sessions, turns
 
@@ -151,10 +151,7 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
     if connection.execute(_INSERT_JOB[connection.dialect.name], row).first() is None:
         same = connection.execute(_SAME_KEY, {"who": new.caller, "key": new.idempotency_key}).one()
         if same.request_hash != new.request_hash:
-            raise Conflict(
-                "This Idempotency-Key was used for another request. Use a new key for a new body.",
-                code="idempotency_mismatch",
-            )
+            raise key_mismatch()
         return Accepted(same.id, created=False, doorbell=None, created_ms=same.created_ms)
     connection.execute(insert(requests), _request(job_id, new))
     bell = _bell(job_id, new)

@@ -22,6 +22,7 @@ _FORMS: dict[str, type[CreateChat] | type[CreateResponse]] = {
     RESPONSES: CreateResponse,
 }
 ENDPOINTS = tuple(_FORMS)
+LINE = "batch"  # the kind of the jobs; the batch's endpoint says which face reads them
 MAX_ID_CHARS = 512
 MAX_FAULTS = 100  # named one by one; the rest are counted
 
@@ -102,6 +103,9 @@ def too_long(number: int) -> Fault:
     return Fault(number, "line_too_long", f"The line is over {MAX_LINE_BYTES:,} bytes.")
 
 
+EMPTY = Fault(None, "empty_file", "The file has no lines.")
+
+
 def duplicate(number: int, custom_id: str) -> Fault:
     """A custom_id that an earlier line has."""
     why = f"custom_id '{custom_id}' stands on an earlier line too."
@@ -162,7 +166,7 @@ def job_of_line(batch: Any, raw: bytes, head: Head, registry: Registry) -> NewJo
         sent = form.model_dump(exclude_unset=True, exclude={"input"})
     return NewJob(
         caller=batch.caller,
-        kind="batch",
+        kind=LINE,
         lane=BATCH,
         provider=resolved.provider.id,
         model=resolved.model,

@@ -155,7 +155,7 @@ def _record(batch: Any, row: Any, seq: int, numbered: bool) -> bytes:
     if row.job_id is None:
         return _line(batch, row, seq, numbered, (row.error_status, row.error), None)
     if row.state in (CANCELLED, EXPIRED):
-        return _line(batch, row, seq, numbered, None, _ended(row.state))
+        return _line(batch, row, seq, numbered, None, _ended(row.state) | _paid(row))
     if row.state == FAILED:
         return _line(batch, row, seq, numbered, failure(row), None)
     return _line(batch, row, seq, numbered, (200, answer(batch.endpoint, row)), None)
@@ -180,6 +180,13 @@ def failure(row: Any) -> tuple[int, dict[str, Any]]:
     if row.source is not None:  # it was called, and may have to be paid
         body["usage"] = chat_usage(_spent(row))
     return error.status, body
+
+
+def _paid(row: Any) -> dict[str, Any]:
+    """What is kept of a line that was ended while it ran."""
+    if row.source is None:
+        return {}
+    return {"usage": chat_usage(_spent(row)), "kept": f"/v1/jobs/{row.job_id}"}
 
 
 def _spent(row: Any) -> dict[str, Any] | None:

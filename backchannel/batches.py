@@ -28,9 +28,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from backchannel.accept import NewJob, accept_many
-from backchannel.batch_input import MAX_FAULTS, Fault, Head, duplicate
+from backchannel.batch_input import EMPTY, MAX_FAULTS, Fault, Head, duplicate
 from backchannel.db import now_ms
-from backchannel.errors import Conflict
+from backchannel.errors import Conflict, key_mismatch
 from backchannel.files import ERROR, OUTPUT, PROCESSED
 from backchannel.lifecycle import new_id
 from backchannel.tables import (
@@ -138,10 +138,7 @@ def create(connection: Connection, new: NewBatch) -> tuple[str, bool]:
         return batch_id, True
     known = connection.execute(_KNOWN_KEY, {"who": new.caller, "key": new.idempotency_key}).one()
     if known.request_hash != new.request_hash:
-        raise Conflict(
-            "This Idempotency-Key was used for another request. Use a new key for a new body.",
-            code="idempotency_mismatch",
-        )
+        raise key_mismatch()
     return str(known.id), False
 
 
@@ -232,7 +229,7 @@ def add_lines(
     found = [*faults, *_insert(connection, batch_id, heads)]
     lines = row.total - (len(found) - len(faults))
     if last and not lines and not found and not row.faults_count:
-        found = [Fault(None, "empty_file", "The file has no lines.")]
+        found = [EMPTY]
     if found:
         room = MAX_FAULTS - len(row.faults)
         named = sorted(found, key=lambda fault: fault.line or 0)[:room]
@@ -280,7 +277,7 @@ _FAIL = _turn(VALIDATING, FAILED)
 
 def _conclude(connection: Connection, batch_id: str, caller: str, *, good: bool) -> None:
     if not good:
-        connection.execute(_FAIL, {"batch": batch_id})  # its lines: `forget_failed`
+        connection.execute(_FAIL, {"batch": batch_id})  # its lines: `forget_unbegun`
         return
     ids = {OUTPUT: new_file_id(), ERROR: new_file_id()}
     connection.execute(_BEGIN, {"batch": batch_id, "output": ids[OUTPUT], "error": ids[ERROR]})
@@ -306,12 +303,12 @@ AT_ONCE = 5_000  # lines of one statement: longer ones would hold up everybody's
 _FORGOTTEN = (
     select(batch_lines.c.batch_id, batch_lines.c.line)
     .join(batches, batches.c.id == batch_lines.c.batch_id)
-    .where(batches.c.status == FAILED)
+    .where(batches.c.ended_ms.is_not(None), batches.c.in_progress_ms.is_(None))
     .limit(AT_ONCE)
 )
 
 
-def forget_failed(connection: Connection) -> int:
+def forget_unbegun(connection: Connection) -> int:
     """Remove some lines of batches that never began; returns how many."""
     lines = connection.execute(_FORGOTTEN).all()
     if lines:
@@ -355,7 +352,7 @@ def copy_lines(connection: Connection, batch_id: str, parent_id: str, here: int)
     return True
 
 
-_LATE_CHECK = _turn(VALIDATING, EXPIRED)
+_LATE_CHECK = _turn(VALIDATING, EXPIRED).values(total=0)
 
 
 def expire_unchecked(connection: Connection, batch_id: str) -> bool:
@@ -494,8 +491,13 @@ def finalize(connection: Connection, batch_id: str) -> bool:
     return connection.execute(_FINALIZE, {"batch": batch_id}).rowcount == 1
 
 
-# lines that were never planned have failed, too
-_ends = {"failed": batches.c.total - batches.c.completed}
+# Lines that were never planned have failed, too; but of a file that was not read to its end nobody
+# knows how many it has: as at OpenAI such a batch has none, and no files.
+_begun = batches.c.in_progress_ms.is_not(None)
+_ends = {
+    "failed": case((_begun, batches.c.total - batches.c.completed), else_=0),
+    "total": case((_begun, batches.c.total), else_=0),
+}
 _END = {
     there: _turn(here, there).where(_all_planned_is_done).values(_ends)
     for here, there in (

@@ -70,7 +70,11 @@ class CreateChat(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    NAMES: ClassVar[dict[str, str]] = {}  # a parameter has its own name
+    # what a field of the job is called here; a parameter has its own name
+    NAMES: ClassVar[dict[str, str]] = {
+        "session": "x_backchannel.session",
+        "deadline_s": "x_backchannel.deadline_s",
+    }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     model: Name | None = None

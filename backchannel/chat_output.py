@@ -52,6 +52,14 @@ def _answer(message: dict[str, Any] | None) -> dict[str, Any]:
     return shown
 
 
+def stored_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message that was asked, as the SDK reads stored ones: its parts stand beside the text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else None
+    text = content if parts is None else None
+    return {"refusal": None, **message, "content": text, "content_parts": parts}
+
+
 def chat_usage(usage: Usage | None) -> Usage | None:
     """Tokens as in chat completions; None: unknown, which is not zero."""
     if usage is None or usage["input_tokens"] is None or usage["output_tokens"] is None:

@@ -103,6 +103,14 @@ class Conflict(BackchannelError):
     code = "conflict"
 
 
+def key_mismatch() -> Conflict:
+    """The same Idempotency-Key was sent with another body."""
+    return Conflict(
+        "This Idempotency-Key was used for another request. Use a new key for a new body.",
+        code="idempotency_mismatch",
+    )
+
+
 class TooLarge(BackchannelError):
     """Over a documented cap."""
 

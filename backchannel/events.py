@@ -6,6 +6,7 @@ gaps. The bytes a reader gets live are the bytes that are stored and replayed.
     started    {attempt, model}                 an attempt began
     delta      {text}                           a piece of the answer
     reasoning  {text}                           a piece of the model's visible reasoning
+    signature  {signature}                      of the reasoning before it, for its provider
     tool_call  {index, id?, name?, arguments}   a piece of a tool call, as in chat completions
     retrying   {attempt, code, message, delay_ms}  it failed; the next one starts in `delay_ms`
     reset      {attempt, model}                 another attempt began: forget the text so far
@@ -22,6 +23,7 @@ import msgspec
 STARTED = "started"
 DELTA = "delta"
 REASONING = "reasoning"
+SIGNATURE = "signature"
 TOOL_CALL = "tool_call"
 RETRYING = "retrying"
 RESET = "reset"

@@ -20,6 +20,7 @@ class Item:
     kind: Kind
     call_id: str = ""
     name: str = ""
+    signature: str = ""
     pieces: list[str] = field(default_factory=list)
 
     @property
@@ -31,7 +32,7 @@ class Item:
 class Step(NamedTuple):
     """Something happened to an item."""
 
-    what: Literal["open", "piece", "close"]
+    what: Literal["open", "piece", "signed", "close"]
     item: Item
     piece: str = ""
 
@@ -56,15 +57,28 @@ class Pieces:
             yield from self._text(_TEXTS[type_], own["text"])
         elif type_ == events.TOOL_CALL:
             yield from self._tool_call(own)
+        elif type_ == events.SIGNATURE:
+            yield from self._sign(own["signature"])
 
     def _text(self, kind: Kind, text: str) -> Iterator[Step]:
-        item = self._open
-        if item is None or item.kind != kind:
-            yield from self._close()
-            item = self._open = self._new(kind)
-            yield Step("open", item)
-        item.pieces.append(text)
-        yield Step("piece", item, text)
+        if self._open is None or self._open.kind != kind:
+            yield from self._begin(kind)
+        assert self._open is not None
+        self._open.pieces.append(text)
+        yield Step("piece", self._open, text)
+
+    def _sign(self, signature: str) -> Iterator[Step]:
+        if self._open is None or self._open.kind != "reasoning":  # of thoughts that are not shown
+            yield from self._begin("reasoning")
+        assert self._open is not None
+        self._open.signature = signature
+        yield Step("signed", self._open, signature)
+        yield from self._close()
+
+    def _begin(self, kind: Kind) -> Iterator[Step]:
+        yield from self._close()
+        self._open = self._new(kind)
+        yield Step("open", self._open)
 
     def _tool_call(self, own: dict[str, Any]) -> Iterator[Step]:
         item = self._calls.get(own["index"])
@@ -104,14 +118,18 @@ class Pieces:
 def items_of_message(message: dict[str, Any] | None) -> list[Item]:
     """The items of a stored answer, in the order in which they are usually said."""
     said = message or {}
-    texts: list[tuple[Kind, str | None]] = [
-        ("reasoning", said.get("reasoning")),
-        ("text", said.get("content")),
+    thoughts = said.get("thinking_blocks") or [{"thinking": said.get("reasoning")}]
+    items = [
+        Item(0, "reasoning", signature=each.get("signature", ""), pieces=[each["thinking"]])
+        for each in thoughts
+        if each["thinking"] or each.get("signature")
     ]
-    items = [Item(0, kind, pieces=[text]) for kind, text in texts if text]
+    if said.get("content"):
+        items.append(Item(0, "text", pieces=[said["content"]]))
     for call in said.get("tool_calls", ()):
         function = call["function"]
-        items.append(Item(0, "tool_call", call["id"], function["name"], [function["arguments"]]))
+        arguments = [function["arguments"]]
+        items.append(Item(0, "tool_call", call["id"], function["name"], pieces=arguments))
     for index, item in enumerate(items):
         item.index = index
     return items

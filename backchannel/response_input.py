@@ -272,4 +272,5 @@ def _complete(content: str | list[Item], role: str) -> list[Item]:
         "output_text": {"annotations": [], "logprobs": []},
         "input_image": {"detail": "auto"},
     }
-    return [{**usual.get(part["type"], {}), **part} for part in parts]
+    named = [{**part, "type": kind} if part["type"] == "text" else part for part in parts]
+    return [{**usual.get(part["type"], {}), **part} for part in named]

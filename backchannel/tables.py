@@ -268,7 +268,7 @@ class File(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     caller: str
-    kind: str  # input, or of a batch: output | error
+    kind: str  # input, or of a batch: output | error; or a key, see `file_keys`
     purpose: str
     filename: str
     status: str  # uploading, which nobody is shown, then processed

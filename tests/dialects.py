@@ -19,6 +19,7 @@ class Dialect(Protocol):
     def start(self, call: Call) -> bytes: ...
     def text(self, text: str) -> bytes: ...
     def reasoning(self, text: str) -> bytes: ...
+    def signature(self) -> bytes: ...
     def tool_call(self, call: Call) -> bytes: ...
     def ping(self) -> bytes: ...
     def end(self, call: Call) -> bytes: ...
@@ -40,6 +41,9 @@ class OpenAI:
 
     def reasoning(self, text: str) -> bytes:
         return self._chunk({self.reasoning_field: text})
+
+    def signature(self) -> bytes:
+        return b""
 
     def tool_call(self, call: Call) -> bytes:
         name = _tool_name(call)
@@ -127,6 +131,9 @@ class Anthropic:
     def reasoning(self, text: str) -> bytes:
         return self._delta({"type": "thinking_delta", "thinking": text})
 
+    def signature(self) -> bytes:
+        return self._delta({"type": "signature_delta", "signature": "sealed"})
+
     def tool_call(self, call: Call) -> bytes:
         block = {"type": "tool_use", "id": "call_1", "name": _tool_name(call), "input": {}}
         pieces = [
@@ -161,6 +168,10 @@ class Anthropic:
         if kind == "tools":
             name = _tool_name(call)
             content = [{"type": "tool_use", "id": "call_1", "name": name, "input": {"q": "w0"}}]
+        if kind == "signed":
+            thinking = {"thinking": "think think think ", "signature": "sealed"}
+            tool = {"type": "tool_use", "id": "call_1", "name": _tool_name(call)}
+            content = [{"type": "thinking", **thinking}, {**tool, "input": {"q": "w0"}}]
         document = {"type": "message", "role": "assistant", "model": call.body["model"]}
         stop = None if kind in ("noend", "done", "silent") else _stop(kind)
         document |= {"content": content, "stop_reason": stop}
@@ -208,7 +219,13 @@ def _finish(kind: str) -> str:
 
 
 def _stop(kind: str) -> str:
-    stop = {"tools": "tool_use", "filter": "refusal", "refusal": "refusal", "length": "max_tokens"}
+    stop = {
+        "tools": "tool_use",
+        "signed": "tool_use",
+        "filter": "refusal",
+        "refusal": "refusal",
+        "length": "max_tokens",
+    }
     return stop.get(kind, "end_turn")
 
 

@@ -18,6 +18,7 @@ and options joined by dashes, as in ``ok-t128-d20-f100`` or ``status-429-ra2``.
     comments             ok with comments and pings between the tokens
     length               ok, ended by the cap on tokens
     reasoning            three pieces of reasoning first
+    signed               the same, signed where the dialect signs, and then a tool call
     tools                a call of the first tool offered, its arguments in two pieces
     filter, refusal      the content filter ends it; the model declines
     nousage              ok, but says nothing of usage
@@ -117,7 +118,7 @@ class Call:
         """The answer's tokens, as far as they are sent."""
         if self.text is not None:
             return [self.text]
-        if self.script.kind in ("silent", "tools", "filter"):
+        if self.script.kind in ("silent", "tools", "signed", "filter"):
             return []
         tokens = self.script.tokens
         return tokens[: self.script.number(0, 5)] if self.script.kind in BROKEN else tokens
@@ -317,9 +318,11 @@ class FakeProvider:
             await _endless(response, b'data: {"x": "', b"x" * 65536)
         if script.kind == "bigtext":
             await _endless(response, b"", dialect.text("x" * 16384))
-        if script.kind == "reasoning":
+        if script.kind in ("reasoning", "signed"):
             await writer.write(b"".join(dialect.reasoning("think ") for _ in range(3)))
-        if script.kind == "tools":
+        if script.kind == "signed":
+            await writer.write(dialect.signature())
+        if script.kind in ("tools", "signed"):
             await writer.write(dialect.tool_call(call))
         async for group in _paced(call.pieces(), script):
             if script.kind == "comments":

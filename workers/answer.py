@@ -7,7 +7,7 @@ from typing import Any
 
 from backchannel import events
 from backchannel.bus import Stream
-from workers.providers import Delta, ProviderEvent, Reasoning, ToolCall, Usage
+from workers.providers import Delta, ProviderEvent, Reasoning, Signature, ToolCall, Usage
 
 
 class Answer:
@@ -19,6 +19,8 @@ class Answer:
         self.begun = False
         self._text: list[str] = []
         self._reasoning: list[str] = []
+        self._signed: list[dict[str, Any]] = []  # blocks of the reasoning, as Anthropic's
+        self._signed_up_to = 0
         self._calls: dict[int, dict[str, Any]] = {}
 
     def taker(self, stream: Stream | None) -> Callable[[ProviderEvent], None]:
@@ -40,8 +42,17 @@ class Answer:
                     stream.text(events.REASONING, event.text)  # type: ignore[union-attr]
             elif isinstance(event, ToolCall):
                 self._tool_call(event, stream)
+            elif isinstance(event, Signature):
+                self._sign(event.text)
+                if stream is not None:
+                    stream.add(events.SIGNATURE, signature=event.text)
 
         return take
+
+    def _sign(self, signature: str) -> None:
+        text = "".join(self._reasoning[self._signed_up_to :])
+        self._signed.append({"type": "thinking", "thinking": text, "signature": signature})
+        self._signed_up_to = len(self._reasoning)
 
     def _tool_call(self, piece: ToolCall, stream: Stream | None) -> None:
         call, named = self._calls.get(piece.index), {}
@@ -65,6 +76,8 @@ class Answer:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(self._text) or None}
         if self._reasoning:
             message["reasoning"] = "".join(self._reasoning)
+        if self._signed:
+            message["thinking_blocks"] = self._signed
         if self._calls:
             message["tool_calls"] = [self._calls[index] for index in sorted(self._calls)]
         return message

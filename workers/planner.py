@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from sqlalchemy import Connection
 
-from backchannel import batches, books, bus, dispatch, events, files, lifecycle
+from backchannel import batches, books, bus, dispatch, events, file_keys, files, lifecycle
 from backchannel.batch_input import Fault, Head, check_lines, job_of_line, refusal, too_long
 from backchannel.batch_output import page, pages
 from backchannel.batches import Refused
@@ -63,7 +63,8 @@ async def _forget_forever(process: Process) -> None:
 
 async def _forget(process: Process) -> None:
     await process.db.write(files.forget_expired)
-    while await process.db.write(batches.forget_failed):
+    await process.db.write(file_keys.forget_free)
+    while await process.db.write(batches.forget_unbegun):
         pass
 
 
@@ -244,6 +245,8 @@ def _outcome(state: str) -> books.Outcome:
 
 def _sizes(process: Process, batch: Any) -> tuple[int, int]:
     """How many bytes the output and the errors will have."""
+    if batch.output_file_id is None:
+        return 0, 0  # it never began, and has no files
 
     def size(kind: str) -> int:
         def read(after: int, room: int) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import Any
 
 import httpx2
 import pytest
 
+from api.estimate import Seen
 from backchannel import batches
-from backchannel.batch_input import RESPONSES, ask, refusal
+from backchannel.batch_input import RESPONSES, Head, ask, refusal
 from backchannel.db import Database
 from backchannel.errors import InvalidRequest
 from backchannel.registry import get_registry
@@ -34,7 +36,8 @@ def work(database: Database, batch_id: str, *states: str) -> None:
     while (batch := batching.row(database, batch_id)).status == "validating":
         batching.validate_once(database, batch)
     while (batch := batching.row(database, batch_id)).planned < batch.total:
-        batching.plan_once(database, batch)
+        if not batching.plan_once(database, batch):
+            return  # it failed
     for job, state in zip(batching.jobs_of(database, batch_id), states, strict=False):
         batching.finish(database, job.id, state)
 
@@ -80,13 +83,30 @@ async def test_a_file_for_something_else_is_no_input(client: httpx2.AsyncClient)
     assert (await create(client, file_id)).status_code == 400
 
 
-async def test_the_same_key_is_the_same_batch(client: httpx2.AsyncClient) -> None:
+async def test_the_same_key_is_the_same_batch(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
     file_id = await uploaded(client, line("a"))
     first = await create(client, file_id, key="k")
     again = await create(client, file_id, key="k")
     assert again.json() == first.json()
     assert again.headers["Idempotent-Replay"] == "true"
     assert (await create(client, file_id, key="k", metadata={})).status_code == 409
+    work(database, first.json()["id"], "failed")
+    database.write_now(lambda c: batches.cancel(c, first.json()["id"], "local"))
+    batching.end(database, first.json()["id"], "cancelled")
+    path, key = f"/v1/batches/{first.json()['id']}/retry", {"Idempotency-Key": "r"}
+    child = (await client.post(path, headers=key)).json()["id"]
+    database.write_now(lambda c: batches.cancel(c, child, "local"))
+    batching.end(database, child, "cancelled")
+    # the first answer is given again though nobody could make it any more
+    assert (await client.delete(f"/v1/files/{file_id}")).status_code == 200
+    assert (await create(client, file_id, key="k")).json()["id"] == first.json()["id"]
+    assert (await client.post(path, headers=key)).json()["id"] == child
+    assert (await create(client, file_id, key="other")).status_code == 400
+    assert len((await client.get("/v1/batches")).json()["data"]) == 2
+    never = await client.post(f"/v1/batches/{child}/retry")
+    assert "begin again" in never.json()["error"]["message"]
 
 
 async def test_faults_are_told_with_their_lines(
@@ -164,6 +184,69 @@ async def test_a_dry_run_says_what_it_would_cost_and_runs_nothing(
     assert (await client.get("/v1/batches")).json()["data"] == []
     bad = await create(client, await uploaded(client, b"{"), x_backchannel={"dry_run": True})
     assert (bad.json()["status"], bad.json()["errors"]["data"][0]["line"]) == ("failed", 1)
+
+
+async def test_a_dry_run_finds_what_a_batch_would_fail_for(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    long = {"model": "echo", "messages": [{"role": "user", "content": "x" * 400_000}]}
+    lines = [line("a", body=long), line("b", body=long), line("a", body=long), b"{", line("b")]
+    for content in (lines, [b""]):
+        file_id = await uploaded(client, *content)
+        dry = (await create(client, file_id, x_backchannel={"dry_run": True})).json()
+        made = (await create(client, file_id)).json()["id"]
+        work(database, made)
+        batch = (await client.get(f"/v1/batches/{made}")).json()
+        assert (dry["status"], dry["errors"]) == (batch["status"], batch["errors"])
+        assert dry["request_counts"]["total"] == batch["request_counts"]["total"]
+
+
+def test_a_million_ids_are_remembered_on_disk() -> None:
+    with closing(Seen()) as seen:
+        for start in range(0, 200_000, 1_000):
+            heads = [Head(n, f"request-{n:030}") for n in range(start, start + 1_000)]
+            assert seen.add(heads) == []
+        assert [
+            fault.line for fault in seen.add([Head(7, "new"), Head(8, f"request-{9:030}")])
+        ] == [8]
+        (memory,) = seen._ids.execute("PRAGMA cache_size").fetchone()
+        assert memory == -2_000, "KiB; the rest of 10 MB is on disk"
+
+
+async def test_a_line_is_fetched_by_the_id_in_the_output(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    chats = await uploaded(client, *map(line, "abc"))
+    body = {"model": "echo", "input": "Hi"}
+    responses = await uploaded(client, *(line(n, url=RESPONSES, body=body) for n in "abc"))
+    for endpoint, file_id in ((CHAT, chats), (RESPONSES, responses)):
+        batch_id = (await create(client, file_id, endpoint=endpoint)).json()["id"]
+        work(database, batch_id, "succeeded", "failed", "cancelled")
+        output_id = (await client.get(f"/v1/batches/{batch_id}")).json()["output_file_id"]
+        shown = (await client.get(f"/v1/files/{output_id}/content")).json()["response"]["body"]
+        path = f"{endpoint}/{shown['id']}"
+        assert (await client.get(path)).json() == shown
+        assert (await client.delete(path)).status_code == 404
+        other = RESPONSES if endpoint == CHAT else CHAT
+        prefix = {CHAT: "chatcmpl-", RESPONSES: "resp_"}
+        digits = shown["id"].removeprefix(prefix[endpoint])
+        assert (await client.get(f"{other}/{prefix[other]}{digits}")).status_code == 404
+        listed = (await client.get(CHAT)).json()["data"]
+        assert listed == [], "a batch's lines are not among what was stored"
+        _, failed, cancelled = (
+            prefix[endpoint] + job.id.removeprefix("job_")
+            for job in batching.jobs_of(database, batch_id)
+        )
+        ends = [await client.get(f"{endpoint}/{each}") for each in (failed, cancelled)]
+        if endpoint == CHAT:
+            assert [end.status_code for end in ends] == [502, 409]
+            said = (await client.get(f"{path}/messages")).json()["data"]
+            assert [message["content"] for message in said] == ["Say a."]
+        else:
+            assert [end.json()["status"] for end in ends] == ["failed", "cancelled"]
+            refused = await client.get(f"{path}?stream=true")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_streamed")
+            assert (await client.get(f"{path}/input_items")).status_code == 404
 
 
 SAY = [{"role": "user", "content": "Hi"}]

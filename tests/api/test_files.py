@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from api.multipart import read_form
-from backchannel import files
+from backchannel import file_keys, files
 from backchannel.db import Database
 from backchannel.errors import InvalidRequest
 from tests import makers
@@ -158,3 +158,68 @@ async def test_an_upload_that_breaks_off_leaves_nothing(
     await writer.wait_closed()
     await until(lambda: not makers.rows(database, "files"))
     assert makers.rows(database, "file_chunks") == []
+
+
+async def keyed(client: httpx2.AsyncClient, content: bytes, **fields: Any) -> httpx2.Response:
+    """An upload with the one key of this test."""
+    return await client.post(
+        "/v1/files",
+        data={"purpose": "batch"} | fields,
+        files={"file": ("in.jsonl", content)},
+        headers={"Idempotency-Key": "k"},
+    )
+
+
+async def test_the_same_key_is_the_same_file(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    first, again = await keyed(client, b"a\n"), await keyed(client, b"a\n")
+    assert again.json() == first.json()
+    assert (first.headers.get("Idempotent-Replay"), again.headers["Idempotent-Replay"]) == (
+        None, "true",
+    )  # fmt: skip
+    for other in (await keyed(client, b"b\n"), await keyed(client, b"a\n", purpose="vision")):
+        assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_mismatch")
+    listed = (await client.get("/v1/files")).json()["data"]
+    assert [each["id"] for each in listed] == [first.json()["id"]]
+    assert len(makers.rows(database, "file_chunks")) == 1
+
+
+async def test_of_many_at_once_with_one_key_one_file_is_left(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    answers = await asyncio.gather(*(keyed(client, b"a\n" * 100_000) for _ in range(5)))
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert len({row["file_id"] for row in makers.rows(database, "file_chunks")}) == 1
+
+
+async def test_a_key_is_free_again_when_its_file_is_gone(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    first = (await keyed(client, b"a\n")).json()["id"]
+    await client.delete(f"/v1/files/{first}")
+    second = (await keyed(client, b"b\n")).json()["id"]
+    assert second != first
+    assert (await keyed(client, b"b\n")).json()["id"] == second
+    await client.delete(f"/v1/files/{second}")
+    database.write_now(file_keys.forget_free)
+    assert makers.rows(database, "files") == []
+
+
+@pytest.mark.parametrize("seconds", ["²", "9" * 5_000, "3600.5", "-3600"])
+async def test_a_life_that_is_no_number_of_seconds_is_refused(
+    client: httpx2.AsyncClient, seconds: str
+) -> None:
+    answer = await upload(client, b"a", **{"expires_after[seconds]": seconds})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "expires_after.seconds")
+
+
+async def test_a_form_with_two_files_or_too_many_fields_is_refused(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    two = [("file", ("a", b"one")), ("file", ("b", b"two"))]
+    refused = await client.post("/v1/files", data={"purpose": "batch"}, files=two)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "file")
+    many = {f"f{number}": "x" for number in range(60)}
+    assert (await upload(client, b"a", **many)).status_code == 413
+    assert makers.rows(database, "files") == []

@@ -98,7 +98,7 @@ def test_a_line_of_the_wrong_form_fails_the_batch_by_its_number(
     batch = row(database, batch_id)
     assert batch.status == "failed"
     assert (batch.faults[0]["line"], batch.faults[0]["code"]) == (3, code)
-    database.write_now(batches.forget_failed)
+    database.write_now(batches.forget_unbegun)
     assert lines_of(database, batch_id) == []
 
 
@@ -323,7 +323,8 @@ def test_cancel_keeps_what_is_done_and_names_every_other_line(database: Database
     closed = makers.outcome("cancelled", error_code=None, error_message=None, spent=None)
     assert database.write_now(lambda c: lifecycle.close_unstarted(c, batch_id, closed)) == 2
     assert not batching.end(database, batch_id, "cancelled"), "one still runs"
-    assert database.write_now(lambda c: lifecycle.finish(c, claim, closed))
+    partly = makers.outcome("cancelled", spent=makers.SPENT)
+    assert database.write_now(lambda c: lifecycle.finish(c, claim, partly))
     assert batching.end(database, batch_id, "cancelled")
 
     batch = row(database, batch_id)
@@ -334,8 +335,31 @@ def test_cancel_keeps_what_is_done_and_names_every_other_line(database: Database
     assert {each["error"]["code"] for each in errors} == {"batch_cancelled"}
     assert [each["seq"] for each in errors] == [2, 3, 4, 5, 6]
     assert content(database, batch_id, "error", after=5)[0]["custom_id"] == "f"
+    # what the cancelled call has cost stands in the sums, beside its line, and on the books
+    (paid,) = [each["error"] for each in errors if "usage" in each["error"]]
+    assert (paid["usage"]["total_tokens"], paid["kept"]) == (15, f"/v1/jobs/{running.id}")
+    assert (batch.input_tokens, batch.output_tokens, batch.cost_nanousd) == (24, 6, 3_400)
+    assert len(makers.rows(database, "usage")) == 2
     assert database.write_now(lambda c: batches.cancel(c, batch_id, "alice")).status == "cancelled"
     assert database.write_now(lambda c: batches.cancel(c, batch_id, "bob")) is None
+
+
+def test_what_ends_before_its_file_was_read_has_no_lines_and_no_files(database: Database) -> None:
+    some = [line(f"{n}", body={"x": f"{n}" * 50_000}) for n in range(20)]
+    cancelled, expired = (batching.create(database, batching.upload(database, *some)) for _ in "ab")
+    for batch_id in (cancelled, expired):
+        assert batching.validate_once(database, row(database, batch_id))
+        assert 0 < row(database, batch_id).total < len(some)
+    database.write_now(lambda c: batches.cancel(c, cancelled, "alice"))
+    assert not batching.validate_once(database, row(database, cancelled))
+    assert batching.end(database, cancelled, "cancelled")
+    assert database.write_now(lambda c: batches.expire_unchecked(c, expired))
+    for batch_id, status in ((cancelled, "cancelled"), (expired, "expired")):
+        batch = row(database, batch_id)
+        assert (batch.status, batch.total, batch.failed) == (status, 0, 0)
+        assert (batch.output_file_id, batch.error_file_id) == (None, None)
+    database.write_now(batches.forget_unbegun)
+    assert makers.rows(database, "batch_lines") == []
 
 
 def test_a_completed_batch_cannot_be_cancelled(database: Database) -> None:

@@ -130,6 +130,57 @@ def test_tools_are_called_and_their_results_sent_back(client: Anthropic, upstrea
         assert word in told
 
 
+def test_signed_thinking_comes_back_to_its_provider_as_it_was(client: Anthropic) -> None:
+    thinking: Any = {"thinking": {"type": "enabled", "budget_tokens": 20}, "tools": [WEATHER]}
+    made = client.messages.create(**ask("anthropic", "signed", **thinking))
+    thought = {"type": "thinking", "thinking": "think think think ", "signature": "sealed"}
+    assert made.content[0].to_dict() == thought
+    with client.messages.stream(**ask("anthropic", "signed", **thinking)) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_message().content == made.content
+    assert "signature" in kinds
+    assert made.content[1].type == "tool_use"
+
+    result = {"type": "tool_result", "tool_use_id": made.content[1].id, "content": "rain"}
+    redacted = {"type": "redacted_thinking", "data": "xyz"}
+    turns = [
+        *HELLO,
+        {"role": "assistant", "content": [redacted, *made.content]},
+        {"role": "user", "content": [result]},
+    ]
+    for upstream, expected in (("anthropic", [redacted, thought]), ("openai", [])):
+        tools = {"tools": [WEATHER]}
+        echoed = client.messages.create(**ask(upstream, "echo", messages=turns, **tools))
+        text: Any = echoed.content[0].to_dict()["text"]
+        said = json.loads(text)["body"]["messages"]
+        assert "thinking_blocks" not in said[1]
+        assert [each for each in said[1]["content"] or () if "thinking" in each["type"]] == expected
+
+
+def test_tokens_are_counted_before_they_are_spent(client: Anthropic, stack: Stack) -> None:
+    before = len(stack.calls())
+    count = client.messages.count_tokens
+    short = count(model="anthropic:ok", messages=HELLO).input_tokens
+    assert short == 1 + 4
+    asked: Any = {"model": "echo", "messages": [*HELLO, *HELLO], "system": "Be brief. " * 40}
+    long = count(**asked).input_tokens
+    assert long > short + 100
+    assert count(**asked, tools=[WEATHER]).input_tokens > long
+    with pytest.raises(anthropic.BadRequestError) as error:
+        count(model="groq:x", messages=HELLO)
+    body: Any = error.value.body
+    assert (body["error"]["type"], body["error"]["param"]) == ("invalid_request_error", "model")
+    assert len(stack.calls()) == before
+
+
+@pytest.mark.parametrize("version", ["2023-01-01", "2023-06-01", "tomorrow", None])
+def test_any_version_of_the_api_is_taken(client: Anthropic, version: str | None) -> None:
+    headers: Any = {"anthropic-version": version or anthropic.Omit(), "anthropic-beta": "new-thing"}
+    made = client.messages.create(**ask("openai", "ok-t1"), extra_headers=headers)
+    assert made.stop_reason == "end_turn"
+    assert client.beta.messages.create(**ask("openai", "ok-t1")).stop_reason == "end_turn"
+
+
 @both_upstreams
 def test_a_schema_a_stop_and_a_user_reach_the_provider(client: Anthropic, upstream: str) -> None:
     made = client.messages.parse(

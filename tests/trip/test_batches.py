@@ -99,11 +99,15 @@ def test_one_file_for_several_providers(client: OpenAI, stack: Stack) -> None:
     for record in output.values():
         answer = ChatCompletion.model_validate(record["response"]["body"], strict=True)
         assert answer.choices[0].finish_reason == "stop"
+        assert client.chat.completions.retrieve(answer.id) == answer
     assert output["c2"]["response"]["body"]["choices"][0]["message"]["content"] == "number 2"
     assert {name: each["response"]["status_code"] for name, each in errors.items()} == {
         "c3": 400, "c4": 400,
     }  # fmt: skip
     assert batch.output_file_id is not None
+    listed = {file.id: file.purpose for file in client.files.list()}
+    assert listed[batch.input_file_id] == "batch"
+    assert listed[batch.output_file_id] == "batch_output"
     size = client.files.retrieve(batch.output_file_id).bytes
     assert size == len(client.files.content(batch.output_file_id).read())
     assert batch.usage is not None
@@ -149,6 +153,8 @@ def test_responses_too(client: OpenAI, stack: Stack) -> None:
     answers = {
         name: Response.model_validate(each["response"]["body"]) for name, each in output.items()
     }
+    for answer in answers.values():
+        assert client.responses.retrieve(answer.id) == answer
     assert (answers["r0"].output_text, answers["r0"].instructions) == ("w0 w1 w2 w3 ", "Be brief.")
     (call,) = [item for item in answers["r1"].output if item.type == "function_call"]
     assert (call.name, call.arguments) == ("lookup", '{"q": "w0"}')
@@ -189,6 +195,20 @@ def test_a_cancel_keeps_what_was_paid_for(client: OpenAI, stack: Stack) -> None:
     assert output.keys() | errors.keys() == {line["custom_id"] for line in lines}
     assert not output.keys() & errors.keys()
     assert {each["error"]["code"] for each in errors.values()} == {"batch_cancelled"}
+    # the five that ran were called, and stand in the batch's sums as in the books
+    paid = [each["error"] for each in errors.values() if "kept" in each["error"]]
+    assert 0 < len(paid) <= 5
+    books = stack.usage()
+    assert batch.usage is not None
+    assert (batch.usage.input_tokens, batch.usage.output_tokens) == (
+        books["input_tokens"], books["output_tokens"],
+    )  # fmt: skip
+    unknown = (batch.usage.model_extra or {})["unknown_tokens"]
+    assert unknown == books["unknown_tokens"] == sum(each["usage"] is None for each in paid)
+    assert len(output) + len(paid) == len(stack.calls())
+    kept = httpx2.get(f"{stack.url}{paid[0]['kept']}", timeout=10).json()
+    assert kept["state"] == "cancelled"
+    assert kept["message"]["content"].startswith("w0 ")
     assert batch.cancelling_at is not None
     assert batch.cancelled_at is not None
     assert batch.cancelled_at - batch.cancelling_at < 20

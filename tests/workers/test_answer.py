@@ -6,7 +6,7 @@ from typing import Any
 
 from backchannel import events
 from workers.answer import Answer
-from workers.providers import ToolCall
+from workers.providers import Reasoning, Signature, ToolCall
 
 
 class Told:
@@ -41,3 +41,15 @@ def test_a_tool_call_without_an_id_gets_one_where_it_is_stored_and_told() -> Non
         (events.TOOL_CALL, {"index": 7, "id": "given", "name": "g", "arguments": "[]"}),
         (events.TOOL_CALL, {"index": 4, "arguments": "}"}),
     ]
+
+
+def test_signed_blocks_of_reasoning_are_stored_apart() -> None:
+    answer = Answer("job_1")
+    take = answer.taker(None)
+    for piece in (Reasoning("a"), Reasoning("b"), Signature("1"), Reasoning("c"), Signature("2")):
+        take(piece)
+    message = answer.message()
+    assert message is not None
+    assert message["reasoning"] == "abc"
+    blocks = [(each["thinking"], each["signature"]) for each in message["thinking_blocks"]]
+    assert blocks == [("ab", "1"), ("c", "2")]

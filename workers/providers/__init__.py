@@ -56,6 +56,12 @@ class Reasoning(msgspec.Struct, frozen=True, gc=False):
     text: str
 
 
+class Signature(msgspec.Struct, frozen=True, gc=False):
+    """The end of a block of reasoning: what its provider wants to see when it gets it back."""
+
+    text: str
+
+
 class ToolCall(msgspec.Struct, frozen=True, gc=False):
     """A piece of a tool call, as in chat completions: id and name first, arguments in pieces."""
 
@@ -83,7 +89,7 @@ class Finish(msgspec.Struct, frozen=True, gc=False):
     model: str | None = None  # what the provider says it ran
 
 
-ProviderEvent = Delta | Reasoning | ToolCall | Usage | Finish
+ProviderEvent = Delta | Reasoning | Signature | ToolCall | Usage | Finish
 
 # client: the SDK client from `workers.clients` (None for echo).
 Adapter = Callable[[Any, ChatRequest], AsyncIterator[ProviderEvent]]

@@ -14,6 +14,7 @@ from workers.providers import (
     FinishReason,
     ProviderEvent,
     Reasoning,
+    Signature,
     ToolCall,
     Usage,
     wire,
@@ -47,6 +48,7 @@ class _Block(msgspec.Struct):
     type: str
     text: str | None = None
     thinking: str | None = None
+    signature: str | None = None
     id: str | None = None
     name: str | None = None
     input: Any = None
@@ -70,6 +72,7 @@ class _Piece(msgspec.Struct):
     type: str | None = None
     text: str | None = None
     thinking: str | None = None
+    signature: str | None = None
     partial_json: str | None = None
     stop_reason: str | None = None
 
@@ -159,6 +162,8 @@ class _Reading:
             yield Delta(block.text)
         if block.thinking:
             yield Reasoning(block.thinking)
+        if block.signature:
+            yield Signature(block.signature)
         if block.type == "tool_use":
             self._calls[index] = len(self._calls)
             self._without_arguments.add(index)
@@ -169,6 +174,8 @@ class _Reading:
             yield Delta(piece.text)
         if piece.thinking:
             yield Reasoning(piece.thinking)
+        if piece.signature:
+            yield Signature(piece.signature)
         if piece.partial_json and index in self._calls:  # not of the provider's own tools
             self._without_arguments.discard(index)
             yield ToolCall(self._calls[index], arguments=piece.partial_json)

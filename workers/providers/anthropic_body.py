@@ -133,7 +133,9 @@ def _user(message: dict[str, Any]) -> tuple[str, list[Block]]:
 
 
 def _assistant(message: dict[str, Any]) -> tuple[str, list[Block]]:
-    blocks = _blocks(message.get("content") or message.get("refusal") or "")
+    # first, and as they came: what is signed is refused when it is changed
+    blocks = [block for block in message.get("thinking_blocks", ()) if block.get("signature") != ""]
+    blocks += _blocks(message.get("content") or message.get("refusal") or "")
     for call in message.get("tool_calls") or ():
         function = call["function"]
         try:

@@ -133,10 +133,21 @@ def _body(request: ChatRequest) -> dict[str, Any]:
     # last: what the books depend on is not the caller's to change
     for name in ("stream_options", "n"):
         body.pop(name, None)
-    body |= {"model": request.model, "messages": request.messages, "stream": request.stream}
+    messages = [*map(_said, request.messages)]
+    body |= {"model": request.model, "messages": messages, "stream": request.stream}
     if request.stream and request.provider.reports_stream_usage:
         body["stream_options"] = {"include_usage": True}
     return body
+
+
+# of an answer, and not for the next provider: many servers refuse a field they do not know
+_THOUGHTS = {"reasoning", "thinking_blocks"}
+
+
+def _said(message: dict[str, Any]) -> dict[str, Any]:
+    if _THOUGHTS.isdisjoint(message):
+        return message
+    return {name: value for name, value in message.items() if name not in _THOUGHTS}
 
 
 class _Reading:

@@ -16,7 +16,7 @@ import msgspec
 
 from backchannel.errors import ProviderError
 from workers.endpoint import Endpoint
-from workers.providers import ChatRequest, Delta, ProviderEvent, Reasoning, ToolCall
+from workers.providers import ChatRequest, Delta, ProviderEvent, Reasoning, Signature, ToolCall
 from workers.providers.failures import classify, failure, refusal, refused
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Answer:
             ProviderError: ``answer_too_large``.
         """
         kind = type(event)
-        if kind is Delta or kind is Reasoning:
+        if kind is Delta or kind is Reasoning or kind is Signature:
             text = event.text  # type: ignore[union-attr]
         elif kind is ToolCall:
             text = event.arguments  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
 // The official Node SDK, unchanged, through every operation; asks for a kill by saying KILL.
 // Usage: node journey.mjs http://127.0.0.1:8000 openai
 import assert from "node:assert/strict";
-import OpenAI from "openai";
+import OpenAI, { toFile } from "openai";
 
 const [base, upstream] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${base}/v1`, apiKey: "unused" });
@@ -105,6 +105,44 @@ async function responses() {
   await assert.rejects(client.responses.retrieve(running.id), OpenAI.NotFoundError);
 }
 
+async function batches() {
+  const line = (script, id) => ({
+    custom_id: id,
+    method: "POST",
+    url: "/v1/chat/completions",
+    body: { model: model(script), messages },
+  });
+  const lines = [line("ok-t4", "a"), line("status-400", "b"), line("ok-t2", "c")];
+  const content = lines.map((each) => JSON.stringify(each)).join("\n");
+  const file = await client.files.create({
+    file: await toFile(Buffer.from(content), "in.jsonl"),
+    purpose: "batch",
+    expires_after: { anchor: "created_at", seconds: 3600 },
+  });
+  assert.equal((await client.files.waitForProcessing(file.id)).bytes, content.length);
+  assert.equal(await (await client.files.content(file.id)).text(), content);
+  assert((await all(client.files.list({ purpose: "batch" }))).some(({ id }) => id === file.id));
+
+  const asked = { input_file_id: file.id, endpoint: "/v1/chat/completions" };
+  let batch = await client.batches.create({ ...asked, completion_window: "24h" });
+  while (!batch.completed_at) {
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    batch = await client.batches.retrieve(batch.id);
+  }
+  assert.deepEqual(batch.request_counts, { total: 3, completed: 2, failed: 1 });
+  const records = async (id) =>
+    (await (await client.files.content(id)).text()).trim().split("\n").map(JSON.parse);
+  const output = await records(batch.output_file_id);
+  assert.deepEqual(output.map((each) => each.custom_id).sort(), ["a", "c"]);
+  const [{ response }] = output;
+  assert.deepEqual(await client.chat.completions.retrieve(response.body.id), response.body);
+  const [error] = await records(batch.error_file_id);
+  assert.deepEqual([error.custom_id, error.response.status_code], ["b", 400]);
+  assert.equal((await all(client.batches.list({ limit: 1 })))[0].id, batch.id);
+  await assert.rejects(client.batches.cancel(batch.id), OpenAI.ConflictError);
+  assert((await client.files.delete(file.id)).deleted);
+}
+
 async function aWorkerDies() {
   const asked = { model: model("ok-t40-d50") };
   const chat = await client.chat.completions.create({ ...asked, messages, stream: true });
@@ -121,5 +159,6 @@ async function aWorkerDies() {
 await models();
 await chats();
 await responses();
+await batches();
 if (upstream === "openai") await aWorkerDies();
 console.log("ARRIVED");

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tests.workers.providers.asking import PROMPT, PROMPT_TOKENS, Asker
-from workers.providers import Delta, ProviderEvent, Reasoning, ToolCall, Usage
+from workers.providers import Delta, ProviderEvent, Reasoning, Signature, ToolCall, Usage
 from workers.providers.anthropic import _EVENT, FINISH, _Reading
 from workers.providers.anthropic_body import DEFAULT_MAX_TOKENS
 
@@ -229,6 +229,18 @@ async def test_a_whole_answer(ask: Asker, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
+async def test_reasoning_is_signed(ask: Asker, stream: bool) -> None:
+    heard = await ask("anthropic", "signed", stream=stream, parameters={"tools": [TOOL]})
+    kinds = [*dict.fromkeys(type(event).__name__ for event in heard.events)]
+    assert [kind for kind in kinds if kind != "Usage"] == [
+        "Reasoning",
+        "Signature",
+        "ToolCall",
+        "Finish",
+    ]
+
+
+@pytest.mark.parametrize("stream", [True, False])
 async def test_a_tool_call(ask: Asker, stream: bool) -> None:
     heard = await ask("anthropic", "tools", stream=stream, parameters={"tools": [TOOL]})
     [(call_id, name, arguments)] = heard.tool_calls
@@ -318,6 +330,7 @@ def test_blocks_become_events() -> None:
     )
     assert found == [
         Reasoning("hm"),
+        Signature("s"),
         Delta("a"),
         Delta("b"),
         ToolCall(0, "t1", "f"),

@@ -91,6 +91,14 @@ async def test_extra_body_changes_nothing_the_books_depend_on(ask: Asker) -> Non
     assert "n" not in body
 
 
+async def test_what_another_provider_thought_is_not_sent_on(ask: Asker) -> None:
+    plain = {"role": "assistant", "content": "Yes."}
+    thoughts = {"reasoning": "Hm.", "thinking_blocks": [{"type": "thinking", "thinking": "Hm."}]}
+    again = {"role": "user", "content": "Sure?"}
+    body = await sent(ask, messages=[plain | thoughts, again])
+    assert body["messages"] == [plain, again]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("flavour", ["openai", "ollama"])
 async def test_a_whole_answer(ask: Asker, flavour: str, stream: bool) -> None:
