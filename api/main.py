@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from api import (
     batches,
     chat,
+    deliveries,
     files,
     health,
     jobs,
@@ -30,6 +31,7 @@ from api import (
     responses,
     sessions,
     usage,
+    webhooks,
 )
 from api.deps import open_resources
 from api.message_events import error_body
@@ -66,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(jobs.direct)  # the first is found the soonest
     for module in (
         jobs, files, batches, sessions, chat, responses, messages, models, usage, providers, health,
+        webhooks, deliveries,
     ):  # fmt: skip
         app.include_router(module.router)
     app.add_exception_handler(BackchannelError, _refused)

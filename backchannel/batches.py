@@ -29,10 +29,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from backchannel.accept import NewJob, accept_many
 from backchannel.batch_input import EMPTY, MAX_FAULTS, Fault, Head, duplicate
-from backchannel.db import now_ms
+from backchannel.db import at_end, now_ms
 from backchannel.errors import Conflict, key_mismatch
 from backchannel.files import ERROR, OUTPUT, PROCESSED
 from backchannel.lifecycle import new_id
+from backchannel.notices import End, tell
 from backchannel.tables import (
     BATCH_FOLLOWS,
     BATCH_TERMINAL,
@@ -278,6 +279,7 @@ _FAIL = _turn(VALIDATING, FAILED)
 def _conclude(connection: Connection, batch_id: str, caller: str, *, good: bool) -> None:
     if not good:
         connection.execute(_FAIL, {"batch": batch_id})  # its lines: `forget_unbegun`
+        at_end(connection, tell, End(caller, batch_id, f"batch.{FAILED}"))
         return
     ids = {OUTPUT: new_file_id(), ERROR: new_file_id()}
     connection.execute(_BEGIN, {"batch": batch_id, "output": ids[OUTPUT], "error": ids[ERROR]})
@@ -352,12 +354,16 @@ def copy_lines(connection: Connection, batch_id: str, parent_id: str, here: int)
     return True
 
 
-_LATE_CHECK = _turn(VALIDATING, EXPIRED).values(total=0)
+_LATE_CHECK = _turn(VALIDATING, EXPIRED).values(total=0).returning(batches.c.caller)
 
 
 def expire_unchecked(connection: Connection, batch_id: str) -> bool:
     """End a batch whose time was over before its file was read."""
-    return connection.execute(_LATE_CHECK, {"batch": batch_id}).rowcount == 1
+    row = connection.execute(_LATE_CHECK, {"batch": batch_id}).first()
+    if row is None:
+        return False
+    at_end(connection, tell, End(row.caller, batch_id, f"batch.{EXPIRED}"))
+    return True
 
 
 # ---------------------------------------------------------------- plan
@@ -499,7 +505,10 @@ _ends = {
     "total": case((_begun, batches.c.total), else_=0),
 }
 _END = {
-    there: _turn(here, there).where(_all_planned_is_done).values(_ends)
+    there: _turn(here, there)
+    .where(_all_planned_is_done)
+    .values(_ends)
+    .returning(batches.c.caller)
     for here, there in (
         (FINALIZING, COMPLETED), (FINALIZING, EXPIRED), (CANCELLING, CANCELLED),
     )
@@ -513,9 +522,11 @@ _SIZE = (
 
 def end(connection: Connection, batch_id: str, there: str, output: int, error: int) -> bool:
     """The last step: from here on neither the batch nor its files change."""
-    if connection.execute(_END[there], {"batch": batch_id}).rowcount == 0:
+    row = connection.execute(_END[there], {"batch": batch_id}).first()
+    if row is None:
         return False
     connection.execute(_SIZE, {"batch": batch_id, "output": output, "error": error})
+    at_end(connection, tell, End(row.caller, batch_id, f"batch.{there}"))
     return True
 
 

@@ -1,4 +1,4 @@
-"""The books: all that a finish drags along - answer, usage, session turn, outbox, batch counts."""
+"""The books: all that a finish drags along - answer, usage, session turn, notice, batch counts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from sqlalchemy import Connection, bindparam, insert, select, update
 
 from backchannel.counts import LineEnd, count
 from backchannel.db import at_end, in_bulk, now_ms
+from backchannel.notices import job_end, tell
 from backchannel.pricing import Tokens
-from backchannel.tables import QUEUED, SUCCEEDED, attempts, jobs, outbox, results, turns, usage
+from backchannel.tables import QUEUED, SUCCEEDED, attempts, jobs, results, turns, usage
 
 NOW = now_ms()
 
@@ -89,7 +90,6 @@ _NEXT_IN_SESSION = (
 
 
 _KEEP_ANSWERS = in_bulk(insert(results))
-_SEND = in_bulk(insert(outbox).values(created_ms=NOW))
 
 
 def write_finish(connection: Connection, row: Any, outcome: Outcome) -> Finished:
@@ -100,9 +100,10 @@ def write_finish(connection: Connection, row: Any, outcome: Outcome) -> Finished
         connection, row, outcome.state, outcome.error_code, outcome.error_message, outcome.spent,
         billable=True,
     )  # fmt: skip
-    at_end(connection, _SEND, {"job_id": row.id, "event": f"job.{outcome.state}"})
     if row.batch_id is not None:
         at_end(connection, count, _line_end(row, outcome.state, spent))
+    else:
+        at_end(connection, tell, job_end(row, outcome.state, outcome.finish_reason))
     if row.session_id is None:
         return Finished(None)
     if outcome.state == SUCCEEDED:

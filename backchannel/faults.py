@@ -18,6 +18,7 @@ POINTS = (
     "finish.before",  # the answer is complete, nothing of it is stored
     "finish.committed",  # stored, Celery and the stream do not know
     "end.before",  # the end event is next in the flusher's pipeline
+    "webhook.sent",  # the receiver has it, nothing of that is stored
     "flush.inside",  # Redis has the events, the worker has not heard so
 )
 

@@ -311,8 +311,9 @@ def _ending(statement: Update) -> Update:
         error_code=bindparam("code"),
         error_message=bindparam("why"),
     ).returning(
-        jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.attempt,
-        jobs.c.session_id, jobs.c.session_seq, jobs.c.batch_id, jobs.c.line, _call,
+        jobs.c.id, jobs.c.kind, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model,
+        jobs.c.attempt, jobs.c.session_id, jobs.c.session_seq, jobs.c.batch_id, jobs.c.line,
+        _call,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ _ERROR_CODES = {
     "context_length": "invalid_prompt",
     "invalid_request": "invalid_prompt",
 }
-_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _ITEM_PREFIX = {"text": "msg", "reasoning": "rs", "tool_call": "fc"}
 
 
@@ -76,7 +76,7 @@ def ending(job_id: str, items: list[Item], end: Body) -> Body:
         items: Of the last attempt only: what the one before had said is no part of the answer.
         end: The fields of the job's end event.
     """
-    state, reason = end["state"], _INCOMPLETE.get(end["finish_reason"] or "")
+    state, reason = end["state"], INCOMPLETE.get(end["finish_reason"] or "")
     changes: Body = {"usage": response_usage(end["usage"])}
     if state == SUCCEEDED:
         changes["status"] = last = "completed" if reason is None else "incomplete"

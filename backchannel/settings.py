@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import BaseModel, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from backchannel.egress import AllowedHosts
+
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]+")
 
 
@@ -65,6 +67,16 @@ class Settings(BaseSettings):
     prices: dict[str, PriceSettings] = Field(
         default_factory=dict,
         description="Own prices by provider:model, as JSON; they go before the price list.",
+    )
+    egress_allow: str = Field(
+        "",
+        description="Hosts that webhooks and custom providers may reach although they are not "
+        "public https: host, host:port, address, network or loopback, with commas.",
+    )
+    master_key: SecretStr = Field(
+        SecretStr(""),
+        description="Fernet keys for the secrets in the database, with commas, the newest first. "
+        "Empty: the file master.key of the home folder, made at first use.",
     )
     allow_open_bind: bool = Field(
         False,
@@ -135,6 +147,12 @@ class Settings(BaseSettings):
         """Environment variables cannot hold a dash: ``MY_OLLAMA`` is the provider ``my-ollama``."""
         if isinstance(value, dict):
             return {str(key).lower().replace("_", "-"): item for key, item in value.items()}
+        return value
+
+    @field_validator("egress_allow")
+    @classmethod
+    def _hosts_can_be_read(cls, value: str) -> str:
+        AllowedHosts.parse(value)
         return value
 
     @property

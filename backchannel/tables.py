@@ -48,6 +48,17 @@ BATCH_FOLLOWS: dict[str, frozenset[str]] = {
 }
 BATCH_TERMINAL = frozenset(state for state, follows in BATCH_FOLLOWS.items() if not follows)
 
+# The states of a webhook's delivery; a replay begins it anew.
+PENDING = "pending"
+DELIVERED = "delivered"
+DEAD = "dead"
+
+DELIVERY_FOLLOWS: dict[str, frozenset[str]] = {
+    PENDING: frozenset({DELIVERED, DEAD}),
+    DELIVERED: frozenset({PENDING}),
+    DEAD: frozenset({PENDING}),
+}
+
 INTERACTIVE = "interactive"
 BATCH = "batch"
 LANES = (INTERACTIVE, BATCH)  # in the order they are served
@@ -380,14 +391,52 @@ class BatchLine(SQLModel, table=True):
     error: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
 
 
-class Outbox(SQLModel, table=True):
-    """One row per finished job, for whoever must be told; written with the finish or not at all."""
+class Webhook(SQLModel, table=True):
+    """Where a caller wants to be told of what has ended; its secrets are sealed."""
 
-    __tablename__ = "outbox"
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("ix_webhooks_caller", "caller", "id"),)
 
-    job_id: str = Field(primary_key=True, foreign_key="jobs.id", ondelete="CASCADE")
-    event: str  # job.succeeded, job.failed, …
+    id: str = Field(primary_key=True)
+    caller: str
+    name: str
+    url: str
+    event_types: list[str] = Field(sa_column=Column(JSON, nullable=False))
+    secret: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    secret_hint: str
+    old_secret: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
+    old_until_ms: int | None = _big(null=True)  # both secrets sign until then
     created_ms: int = _big()
+    updated_ms: int = _big()
+    disabled_ms: int | None = _big(null=True)
+    disabled_why: str | None = None
+
+
+class Delivery(SQLModel, table=True):
+    """One event for one webhook: the outbox, written in the transaction that ended its subject."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        Index("ix_deliveries_due", "webhook_id", "state", "next_ms"),
+        Index(
+            "ix_deliveries_ended",
+            "ended_ms",
+            sqlite_where=text("ended_ms IS NOT NULL"),
+            postgresql_where=text("ended_ms IS NOT NULL"),
+        ),
+    )
+
+    webhook_id: str = Field(primary_key=True, foreign_key="webhooks.id", ondelete="CASCADE")
+    event_id: str = Field(primary_key=True)
+    type: str  # job.succeeded, batch.completed, …
+    subject: str  # the id of what has ended
+    created_ms: int = _big()
+    state: str = PENDING
+    next_ms: int = _big()  # not before; while it is being sent, when somebody else may
+    tries: int = 0  # the fencing token
+    status: int | None = None  # of the last try, if there was an answer
+    error: str | None = None
+    ended_ms: int | None = _big(null=True)
 
 
 class Worker(SQLModel, table=True):
@@ -416,5 +465,6 @@ files: Table = File.__table__  # type: ignore[attr-defined]
 chunks: Table = FileChunk.__table__  # type: ignore[attr-defined]
 batches: Table = Batch.__table__  # type: ignore[attr-defined]
 batch_lines: Table = BatchLine.__table__  # type: ignore[attr-defined]
-outbox: Table = Outbox.__table__  # type: ignore[attr-defined]
+webhooks: Table = Webhook.__table__  # type: ignore[attr-defined]
+deliveries: Table = Delivery.__table__  # type: ignore[attr-defined]
 workers: Table = Worker.__table__  # type: ignore[attr-defined]

@@ -99,6 +99,7 @@ def _harm(world: World, case: Case, full: bool) -> dict[str, Any]:
     wrong = ""
     try:
         world.stack.api()
+        world.listen()
         figures = asyncio.run(_in_time(case.harm(world, full), world))
     except AssertionError as error:
         wrong = str(error)[:2000] or "an assertion failed"

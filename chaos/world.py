@@ -50,6 +50,7 @@ class World:
             "GROQ_API_KEY": "gsk-test-groq",
             "BACKCHANNEL_PROVIDERS__OLLAMA__BASE_URL": f"{fake}/ollama/v1",
             "BACKCHANNEL_PROVIDERS__LMSTUDIO__BASE_URL": f"http://127.0.0.1:{free_port()}/v1",
+            "BACKCHANNEL_EGRESS_ALLOW": "loopback",
         }
         self.valkey = valkey
         self.postgres = postgres
@@ -113,6 +114,12 @@ class World:
         """Start the API anew, elsewhere; jobs are sent there from now on."""
         self.stack.url = ""
         self.stack.api()
+
+    def listen(self) -> None:
+        """Ask to be told of every job's end, where nobody listens: each finish writes a notice."""
+        url = f"http://127.0.0.1:{free_port()}/"
+        asked = {"url": url, "event_types": [f"job.{state}" for state in TERMINAL]}
+        httpx2.post(f"{self.stack.url}/v1/webhooks", json=asked, timeout=30).raise_for_status()
 
     @contextmanager
     def every(self, seconds: float, what: Any) -> Iterator[None]:

@@ -13,8 +13,9 @@ from backchannel.books import Outcome, Spent
 from backchannel.db import Database, now_ms
 from backchannel.events import END, encode, pack_log
 from backchannel.lifecycle import Claim
+from backchannel.notices import EVENT_TYPES
 from backchannel.pricing import Tokens
-from backchannel.tables import INTERACTIVE, SUCCEEDED, Job, jobs, sessions
+from backchannel.tables import INTERACTIVE, SUCCEEDED, Job, jobs, sessions, webhooks
 
 LEASE_S = 20.0
 SPENT = Spent("final", Tokens(12, 3, cached=4), cost_nanousd=1_700, price_date="2026-01-01 test")
@@ -88,6 +89,23 @@ def session(database: Database, session_id: str = "sess_1", caller: str = "alice
     }  # fmt: skip
     database.write_now(lambda c: c.execute(sessions.insert(), row))
     return session_id
+
+
+def webhook(database: Database, webhook_id: str = "wh_1", **changes: Any) -> str:
+    """A webhook that is told of everything of Alice's; its secret is no secret."""
+    row = {
+        "id": webhook_id,
+        "caller": "alice",
+        "name": "",
+        "url": "https://hooks.example.com/",
+        "event_types": list(EVENT_TYPES),
+        "secret": b"",
+        "secret_hint": "",
+        "created_ms": 1,
+        "updated_ms": 1,
+    }
+    database.write_now(lambda c: c.execute(webhooks.insert(), row | changes))
+    return webhook_id
 
 
 def change(database: Database, job_id: str, **values: Any) -> None:

@@ -28,7 +28,7 @@ from backchannel.pubsub import OUTAGE, Listener, connect
 from backchannel.queue import ring
 from backchannel.registry import get_registry
 from backchannel.settings import Settings, get_settings
-from workers import caretaker, heart, planner
+from workers import caretaker, heart, planner, webhooks
 from workers.clients import ClientCache
 from workers.watchdog import Watchdog
 
@@ -119,6 +119,7 @@ class Process:
             *heart.habits(self),
             *caretaker.habits(self),
             *planner.habits(self),
+            *webhooks.habits(self),
         ):
             self._keep(stack, name, habit)
 

@@ -12,6 +12,7 @@ from backchannel.cli import api, doctor, flower, providers, run, up, usage, work
 from backchannel.cli.jobs import jobs
 from backchannel.cli.screen import Failure, complain, show
 from backchannel.cli.sessions import sessions
+from backchannel.cli.webhooks import webhooks
 
 app = typer.Typer(
     name="backchannel",
@@ -30,6 +31,7 @@ app.command(epilog=worker.EPILOGUE)(worker.worker)
 app.command(epilog=flower.EPILOGUE)(flower.flower)
 app.add_typer(jobs, name="jobs")
 app.add_typer(sessions, name="sessions")
+app.add_typer(webhooks, name="webhooks")
 app.command(epilog=usage.EPILOGUE)(usage.usage)
 app.command(epilog=providers.EPILOGUE)(providers.providers)
 app.command(epilog=doctor.EPILOGUE)(doctor.doctor)

@@ -317,6 +317,7 @@ async def test_wait_works_without_redis(
 async def test_a_queued_job_is_cancelled_at_once_and_its_stream_agrees(
     client: httpx2.AsyncClient, database: Database
 ) -> None:
+    makers.webhook(database, caller="local")
     job_id = (await post(client))["id"]
     answer = await client.post(f"/v1/jobs/{job_id}/cancel")
     assert answer.status_code == 200
@@ -328,7 +329,7 @@ async def test_a_queued_job_is_cancelled_at_once_and_its_stream_agrees(
         'id: 0\nevent: end\ndata: {"seq":0,"type":"end","state":"cancelled",'
         '"finish_reason":null,"usage":null,"error":null}\n\n'
     )
-    assert [each["event"] for each in makers.rows(database, "outbox")] == ["job.cancelled"]
+    assert [each["type"] for each in makers.rows(database, "deliveries")] == ["job.cancelled"]
     assert (await client.post(f"/v1/jobs/{job_id}/cancel")).json() == job
     assert database.write_now(lambda c: lifecycle.claim(c, job_id, "w", 20)) is None
 

@@ -49,6 +49,7 @@ from tests.makers import (
     rows,
     session,
     until_somebody_waits,
+    webhook,
 )
 
 Step = Callable[[Connection], Any]
@@ -327,6 +328,7 @@ def test_a_mark_that_waited_for_the_reaper_comes_too_late(postgres_url: str) -> 
 @pytest.mark.parametrize("state", sorted(TERMINAL))
 def test_a_finish_writes_all_of_it(state: str, database: Database) -> None:
     session(database)
+    webhook(database)
     job_id = queued(database, session_id="sess_1")
     claim = calling(database, job_id)
     ending = outcome(state)
@@ -347,16 +349,17 @@ def test_a_finish_writes_all_of_it(state: str, database: Database) -> None:
     assert (usage["source"], usage["cost_nanousd"]) == ("final", 1_700)
     assert (usage["input_tokens"], usage["cached_tokens"], usage["output_tokens"]) == (12, 4, 3)
     assert (usage["caller"], usage["session_id"]) == ("alice", "sess_1")
-    (told,) = rows(database, "outbox")
-    assert (told["job_id"], told["event"]) == (job_id, f"job.{state}")
+    (told,) = rows(database, "deliveries")
+    assert (told["subject"], told["type"]) == (job_id, f"job.{state}")
     turns = sorted(rows(database, "turns"), key=lambda turn: turn["seq"])
     assert [turn["seq"] for turn in turns] == ([1, 2] if state == SUCCEEDED else [1])
     assert turns[-1]["model"] == ("echo-1" if state == SUCCEEDED else None)
 
 
-@pytest.mark.parametrize("table", ["job_results", "usage", "outbox", "turns"])
+@pytest.mark.parametrize("table", ["job_results", "usage", "deliveries", "turns"])
 def test_a_finish_that_cannot_write_one_part_writes_none(table: str, database: Database) -> None:
     session(database)
+    webhook(database)
     job_id = queued(database, session_id="sess_1")
     claim = calling(database, job_id)
     database.write_now(lambda c: c.exec_driver_sql(f'ALTER TABLE "{table}" RENAME TO "away"'))
@@ -521,6 +524,7 @@ def test_a_job_is_no_poison_while_most_workers_die_without_it(database: Database
 
 
 def test_a_job_that_takes_its_workers_with_it_fails_as_poison(database: Database) -> None:
+    webhook(database)
     job_id = queued(database)
     for crash in (1, 2):
         calling(database, job_id)
@@ -536,13 +540,14 @@ def test_a_job_that_takes_its_workers_with_it_fails_as_poison(database: Database
     usage = [(each["attempt"], bool(each["billable"])) for each in rows(database, "usage")]
     assert usage == [(1, False), (2, False), (3, True)]
     assert {each["source"] for each in rows(database, "usage")} == {"unknown"}
-    assert len(rows(database, "outbox")) == 1
+    assert [told["type"] for told in rows(database, "deliveries")] == ["job.failed"]
 
 
 # ---------------------------------------------------------------- cancel, expire
 
 
 def test_a_queued_job_is_cancelled_without_an_attempt(database: Database) -> None:
+    webhook(database)
     job_id = queued(database)
     asked = database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
     assert asked is not None
@@ -554,7 +559,7 @@ def test_a_queued_job_is_cancelled_without_an_attempt(database: Database) -> Non
     assert (job.state, job.attempt) == (CANCELLED, 0)
     assert job.finished_ms is not None
     assert rows(database, "attempts") == rows(database, "usage") == []
-    assert [told["event"] for told in rows(database, "outbox")] == ["job.cancelled"]
+    assert [told["type"] for told in rows(database, "deliveries")] == ["job.cancelled"]
     assert database.read_now(lifecycle.overdue) == []
 
 
@@ -681,7 +686,7 @@ class Chaos:
             assert _but_for_the_clock(after) == _but_for_the_clock(before)
         mine = self.database.read_now(self._mine)
         ended = after.state in TERMINAL
-        assert len(mine["outbox"]) == len(mine["job_results"]) == int(ended)
+        assert len(mine["deliveries"]) == len(mine["job_results"]) == int(ended)
         billed = [each for each in mine["usage"] if each["billable"]]
         assert len(billed) <= int(ended)
         assert [each["attempt"] for each in billed] in ([], [after.attempt])
@@ -693,13 +698,14 @@ class Chaos:
         assert len(mine["turns"]) == (2 if after.state == SUCCEEDED else 1)
 
     def _mine(self, connection: Connection) -> dict[str, list[Any]]:
+        tables = dict.fromkeys(("job_results", "usage", "attempts", "turns"), "job_id")
         return {
             table: list(
                 connection.execute(
-                    text(f'SELECT * FROM "{table}" WHERE job_id = :job'), {"job": self.job_id}
+                    text(f'SELECT * FROM "{table}" WHERE {its} = :job'), {"job": self.job_id}
                 ).mappings()
             )
-            for table in ("outbox", "job_results", "usage", "attempts", "turns")
+            for table, its in {**tables, "deliveries": "subject"}.items()
         }
 
 
@@ -712,6 +718,7 @@ def _but_for_the_clock(job: Any) -> dict[str, Any]:
 
 
 def test_whatever_happens_in_any_order_the_books_stay_true(database: Database) -> None:
+    webhook(database)
     ended: Counter[str] = Counter()
     attempts: Counter[int] = Counter()
     for seed in range(30):
@@ -756,6 +763,7 @@ def against(claim: Claim) -> Step:
 
 def test_of_a_finish_and_a_reaper_exactly_one_wins(database_url: str) -> None:
     worker, caretaker = (Database(database_url, name=name) for name in ("worker", "caretaker"))
+    webhook(worker)
     ids = [each.result(60) for each in [worker.submit(_accept) for _ in range(RACES)]]
     claimed = [each.result(60) for each in [worker.submit(claim_of(job_id)) for job_id in ids]]
     claims = [replace(claim, retries=number) for number, claim in enumerate(claimed) if claim]
@@ -773,7 +781,7 @@ def test_of_a_finish_and_a_reaper_exactly_one_wins(database_url: str) -> None:
     ends = Counter(worker.read_now(lambda c: c.execute(select(jobs.c.state)).scalars().all()))
     assert ends[SUCCEEDED] == won[True, False]
     assert ends[QUEUED] + ends[FAILED] == won[False, True]
-    assert len(rows(worker, "outbox")) == ends[SUCCEEDED] + ends[FAILED]
+    assert len(rows(worker, "deliveries")) == ends[SUCCEEDED] + ends[FAILED]
     billed = [bool(each["billable"]) for each in rows(worker, "usage")]
     assert len(billed) == RACES
     assert sum(billed) == ends[SUCCEEDED] + ends[FAILED]

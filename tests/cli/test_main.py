@@ -17,8 +17,9 @@ from backchannel.cli.main import answer, app
 from backchannel.errors import SetupError
 
 HEAVY = {
-    "alembic", "anthropic", "api", "celery", "fastapi", "flower", "httpx2", "openai", "pydantic",
-    "redis", "rich", "sqlalchemy", "sqlmodel", "stamina", "structlog", "uvicorn", "workers",
+    "aiohttp", "alembic", "anthropic", "api", "celery", "cryptography", "fastapi", "flower",
+    "httpx2", "openai", "pydantic", "redis", "rich", "sqlalchemy", "sqlmodel", "stamina",
+    "structlog", "uvicorn", "workers",
 }  # fmt: skip
 
 
@@ -34,6 +35,7 @@ COMMANDS = list(_commands(typer.main.get_command(app)))
 def test_the_nouns_are_all_there() -> None:
     assert {path[0] for path in COMMANDS if path} == {
         "run", "up", "api", "worker", "flower", "jobs", "sessions", "usage", "providers", "doctor",
+        "webhooks",
     }  # fmt: skip
     assert {path[1] for path in COMMANDS if path[:1] == ("jobs",) and len(path) > 1} == {
         "show", "cancel", "retry", "watch",

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
-from tests.servers import valkey
+from tests.servers import free_port, valkey
 from tests.trip.stack import ROOT, Event, Stack, text
 
 EXAMPLES = ROOT / "examples"
@@ -64,7 +65,10 @@ def program(name: str) -> list[str]:
 def test_every_example_is_tried_and_described() -> None:
     described = (EXAMPLES / "README.md").read_text()
     files = {each.name for each in EXAMPLES.iterdir() if each.is_file()}
-    tried = {"background_job.py", "background_job.sh", "plain.jsonl", "prompts.jsonl"}
+    tried = {
+        "background_job.py", "background_job.sh", "webhook_receiver.py", "plain.jsonl",
+        "prompts.jsonl",
+    }  # fmt: skip
     assert files == tried | {"README.md"}
     assert [name for name in tried if f"- [{name}]({name}): " not in described] == []
 
@@ -136,6 +140,38 @@ def test_the_service_goes_on_when_the_api_dies_in_the_middle_of_a_stream(stack: 
     assert b"going on after event" in complaints
     assert (begun + rest).decode() == "".join(f"w{n} " for n in range(60)) + "\n"
     assert len(stack.calls()) == 1
+
+
+def test_the_receiver_prints_what_was_signed_once_and_nothing_else(
+    new_stack: Callable[..., Stack], sqlite_url: str
+) -> None:
+    port = free_port()
+    stack = new_stack(sqlite_url, BACKCHANNEL_EGRESS_ALLOW=f"127.0.0.1:{port}")
+    hooks = f"http://127.0.0.1:{port}/hooks"
+    made = httpx2.post(f"{stack.api()}/v1/webhooks", json={"url": hooks}).json()
+    env = {**stack.env, "WEBHOOK_SECRET": made["signing_secret"], "PORT": str(port)}
+    service = subprocess.Popen(
+        program("webhook_receiver.py"), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert service.stderr is not None
+        assert service.stderr.readline().decode() == f"listening on {hooks}\n"
+        stack.worker()
+        job = stack.post("openai:ok-t2")
+        assert service.stdout is not None
+        assert service.stdout.readline().decode() == f"job.succeeded {job['id']}\n"
+        event = job["id"].replace("job_", "evt_")
+        delivery = f"{stack.url}/v1/webhooks/{made['id']}/deliveries/{event}"
+        while httpx2.post(f"{delivery}/replay").status_code == 409:
+            pass
+        url = f"{stack.url}/v1/webhooks/{made['id']}/deliveries?state=delivered"
+        while not httpx2.get(url).json()["data"]:
+            pass
+        assert httpx2.post(hooks, json={"type": "forged"}).status_code == 401
+    finally:
+        service.terminate()
+        printed, complaints = service.communicate(timeout=RUN_S)
+    assert (printed, complaints) == (b"", b"")
 
 
 def _is_api(process: subprocess.Popen[bytes]) -> bool:

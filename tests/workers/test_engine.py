@@ -16,6 +16,7 @@ from backchannel import bus, events, lifecycle
 from backchannel.errors import PROVIDER_ERRORS, ProviderError
 from backchannel.lifecycle import Claim
 from backchannel.settings import Settings
+from tests import makers
 from tests.workers.conftest import Bench
 from workers.engine import MAX_HOPING, Report, retry_delay_s
 from workers.process import Process
@@ -55,6 +56,7 @@ def fields(event: events.Event) -> dict[str, Any]:
 async def test_an_answer_is_streamed_stored_and_booked(
     bench: Bench, process: Process, model: str
 ) -> None:
+    makers.webhook(bench.database, caller="local")
     job_id = bench.accept(model)
     report = await finished(bench, process, job_id)
     job = bench.job(job_id)
@@ -64,9 +66,8 @@ async def test_an_answer_is_streamed_stored_and_booked(
     assert message == {"role": "assistant", "content": "w0 w1 w2 w3 w4 "}
     (usage,) = bench.usage(job_id)
     assert (usage.billable, usage.source, usage.output_tokens) == (1, "final", 5)
-    assert (
-        bench.rows("SELECT event FROM outbox WHERE job_id = ?", job_id)[0].event == "job.succeeded"
-    )
+    (told,) = bench.rows("SELECT type FROM deliveries WHERE subject = ?", job_id)
+    assert told.type == "job.succeeded"
     stored = bench.log(job_id)
     assert [event.seq for event in stored] == list(range(len(stored)))
     assert stored[0].type == "started"
@@ -236,6 +237,7 @@ async def test_a_job_past_its_deadline_stops_and_expires(bench: Bench, process: 
 
 
 async def test_a_zombie_writes_nothing(bench: Bench, process: Process) -> None:
+    makers.webhook(bench.database, caller="local")
     job_id = bench.accept("openai:ok-t60-d20")
     running = bench.start(process, job_id)
     await until(lambda: process.runs and next(iter(process.runs.values())).answer.begun)
@@ -247,7 +249,7 @@ async def test_a_zombie_writes_nothing(bench: Bench, process: Process) -> None:
     job = bench.job(job_id)
     assert (job.state, job.attempt, job.owner) == ("running", 2, "another")
     assert bench.usage(job_id) == []
-    assert bench.rows("SELECT * FROM outbox") == []
+    assert bench.rows("SELECT * FROM deliveries") == []
     assert bench.rows("SELECT * FROM job_results") == []
     assert "end" not in [event.type for event in await bench.live_log(process, job_id)]
 
