@@ -42,6 +42,8 @@ class Chunks:
         if isinstance(event, BackchannelError):
             return self._break_off(event)
         type_, own = fields(event)
+        if type_ == events.RESET:
+            self._head["model"] = own["model"]  # it may be another one
         match type_:
             case events.STARTED | events.RESET if not self._begun:
                 self._begun = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from redis.asyncio import Redis
 
+from backchannel.background import end
 from backchannel.db import Database, migrate
-from backchannel.errors import InvalidRequest, TooLarge
+from backchannel.errors import InvalidRequest, TooLarge, Unavailable
 from backchannel.pubsub import Listener, connect
 from backchannel.queue import Ringer
 from backchannel.registry import Registry, build_registry
@@ -33,11 +35,28 @@ class Resources:
     listener: Listener
     ringer: Ringer
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def prefix(self) -> str:
         """Put before every Redis key."""
         return self.settings.redis_prefix
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something that no request waits for, and that is only made sooner by it."""
+        task = asyncio.create_task(_quietly(work), name="later")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Leave undone what was to be done later."""
+        for task in list(self._tasks):
+            await end(task)
+
+
+async def _quietly(work: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(Unavailable):
+        await work
 
 
 async def open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
@@ -51,7 +70,9 @@ async def open_resources(settings: Settings, stack: AsyncExitStack) -> Resources
     stack.push_async_callback(listener.close)
     ringer = Ringer(redis, settings.redis_prefix)
     stack.push_async_callback(ringer.close)
-    return Resources(settings, build_registry(settings), db, redis, listener, ringer)
+    its = Resources(settings, build_registry(settings), db, redis, listener, ringer)
+    stack.push_async_callback(its.close)
+    return its
 
 
 async def _resources(request: Request) -> Resources:

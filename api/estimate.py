@@ -28,10 +28,8 @@ from backchannel.errors import InvalidRequest
 from backchannel.files import Chunk
 from backchannel.pricing import Tokens, price
 from backchannel.registry import Registry
+from backchannel.tokens import CHARS_PER_TOKEN, TOKENS_PER_MESSAGE, chars_of
 
-# A token is three to five characters in most languages and tokenizers; four is usual.
-CHARS_PER_TOKEN = {"low": 5.0, "likely": 4.0, "high": 3.0}
-TOKENS_PER_MESSAGE = 4
 # An answer without a cap of its own: a sentence at least, a long page at most.
 SHORT_ANSWER, LONG_ANSWER = 50, 2_000
 METHOD = (
@@ -60,7 +58,7 @@ class ModelEstimate:
         """Count a chat's input."""
         self.lines += 1
         self.messages += len(messages)
-        self.chars += len(system or "") + sum(map(_chars, messages))
+        self.chars += len(system or "") + sum(map(chars_of, messages))
         for name in ("tools", "response_format"):
             self.chars += len(_encode(parameters[name])) if name in parameters else 0
 
@@ -169,14 +167,6 @@ class Estimate:
         cap = next((limit for limit in limits if isinstance(limit, int)), LONG_ANSWER)
         its.low_output += min(SHORT_ANSWER, cap)
         its.high_output += cap
-
-
-def _chars(message: dict[str, Any]) -> int:
-    content, calls = message.get("content"), message.get("tool_calls")
-    called = len(_encode(calls)) if calls else 0
-    if isinstance(content, str):
-        return called + len(content)
-    return called + sum(len(part.get("text") or "") for part in content or ())
 
 
 async def estimate(db: Database, registry: Registry, file_id: str, endpoint: str) -> Estimate:

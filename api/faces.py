@@ -8,13 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
 
-from fastapi import BackgroundTasks, Header, Request
+from fastapi import Header, Request
 from sqlalchemy import Connection, bindparam
 from sse_starlette import EventSourceResponse
 from starlette.types import Message
 
 from api.deps import Resources
-from api.jobs import PING_S, Ping, cancel, follow, until_finished
+from api.jobs import PING_S, Ping, cancelled, follow, until_finished
 from backchannel.background import end
 from backchannel.batch_input import LINE
 from backchannel.errors import (
@@ -139,13 +139,6 @@ async def gone(request: Request) -> None:
     """Return when the client has hung up; for a request whose body was read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def cancelled(its: Resources, caller: str, job_id: str) -> None:
-    """Cancel a job, outside of any request."""
-    afterwards = BackgroundTasks()
-    await cancel(its, caller, job_id, afterwards)
-    await afterwards()
 
 
 def _unfinished(job_id: str) -> Unavailable:

@@ -19,12 +19,24 @@ from backchannel import bus
 from backchannel.accept import Accepted, NewJob, accept, accept_many
 from backchannel.background import end
 from backchannel.books import Finished, Outcome
+from backchannel.choice import choose
 from backchannel.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from backchannel.events import END, Event, decode, end_fields, pack_log, unpack_log
 from backchannel.lifecycle import Cancelling, close_queued, request_cancel
-from backchannel.parameters import check_parameters
+from backchannel.pieces import text_message
+from backchannel.registry import NAMED
 from backchannel.schemas import JOB, CreateJob, Job, JobList, job_of
-from backchannel.tables import CANCELLED, QUEUED, TERMINAL, jobs, requests, results, sessions
+from backchannel.tables import (
+    CANCELLED,
+    QUEUED,
+    TERMINAL,
+    jobs,
+    requests,
+    results,
+    sessions,
+    turns,
+)
+from backchannel.tiers import AUTO, rule_of
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute)
 direct = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=DirectRoute)
@@ -78,6 +90,8 @@ async def submit(
     else:
         accepted, job = await its.db.write(write)
     its.ringer.ring(accepted.doorbell)
+    if accepted.interrupted is not None:
+        its.later(cancelled(its, new.caller, accepted.interrupted))
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     if not accepted.created:
         response.headers["Idempotent-Replay"] = "true"
@@ -100,13 +114,14 @@ def _as_written(new: NewJob, accepted: Accepted) -> Job:
 
 _SAME = (
     "lane", "provider", "model", "requested_model", "model_reason", "session_id", "parent_id",
-    "meta", "stream",
+    "meta", "stream", "fallbacks",
 )  # fmt: skip
 _NOT_YET: dict[str, Any] = {
     "state": QUEUED,
     **dict.fromkeys(("attempt", "retries", "crashes"), 0),
     **dict.fromkeys(("started_ms", "finished_ms", "cancel_ms", "finish_reason", "message")),
     **dict.fromkeys(("error_code", "error_message", "source")),
+    **dict.fromkeys(("fallback_from", "interrupted_by", "turns_dropped")),
 }
 
 
@@ -127,10 +142,17 @@ async def checked(
         keep: Whether the job must be able to give that request back.
     """
     kind, sent = face or ("job", asked.model_dump(exclude_unset=True))
-    model = asked.model
+    model, parameters = asked.model, asked.parameters or {}
     if model is None and asked.session is not None:
         model = await _model_of_session(its, caller, asked.session)
-    resolved = its.registry.resolve(model)
+    told = messages
+    if model == AUTO and asked.session is not None:
+        told = [*await _said(its, caller, asked.session), *messages]
+    choice = choose(its.registry, model, told, parameters, asked.fallbacks, system=asked.system)
+    resolved, reason = choice.resolved, choice.resolved.reason
+    if model != asked.model:
+        own = "the session's model"
+        reason = f"the session's {reason}" if choice.rule else reason.replace(NAMED, own)
     longest = its.settings.job_deadline_s
     if asked.deadline_s is not None and asked.deadline_s > longest:
         raise InvalidRequest(f"deadline_s: at most {longest:.0f}.", param="deadline_s")
@@ -140,10 +162,12 @@ async def checked(
         provider=resolved.provider.id,
         model=resolved.model,
         requested_model=asked.model,
-        model_reason=resolved.reason if asked.model == model else "the session's model",
+        model_reason=reason,
+        model_rule=choice.rule,
+        fallbacks=choice.fallbacks,
         instructions=asked.system,
         messages=messages,
-        parameters=check_parameters(asked.parameters or {}, resolved.provider),
+        parameters=choice.parameters,
         request_hash=request_hash(sent if face is None else {kind: sent}),
         deadline_s=asked.deadline_s or longest,
         stream=asked.stream,
@@ -157,13 +181,33 @@ async def checked(
 
 
 async def _model_of_session(its: Resources, caller: str, session_id: str) -> str:
-    current = select(sessions.c.provider, sessions.c.model).where(
+    """The session's model, or the rule by which it is chosen for each turn."""
+    current = select(sessions.c.provider, sessions.c.model, sessions.c.model_rule).where(
         sessions.c.id == session_id, sessions.c.caller == caller
     )
     row = await its.db.read(lambda c: c.execute(current).first())
     if row is None:
         raise NotFound(f"There is no session '{session_id}'.", param="session")
-    return f"{row.provider}:{row.model}"
+    return row.model_rule or f"{row.provider}:{row.model}"
+
+
+async def _said(its: Resources, caller: str, session_id: str) -> list[dict[str, Any]]:
+    """What a session's next turn follows: its system prompt and all its messages."""
+    own = and_(sessions.c.id == session_id, sessions.c.caller == caller)
+    system = select(sessions.c.system).where(own)
+    said = (
+        select(turns.c.message)
+        .join(sessions, sessions.c.id == turns.c.session_id)
+        .where(own)
+        .order_by(turns.c.seq)
+    )
+
+    def read(connection: Connection) -> list[dict[str, Any]]:
+        first = connection.execute(system).scalar()
+        begun = [{"role": "system", "content": first}] if first else []
+        return [*begun, *connection.execute(said).scalars()]
+
+    return await its.db.read(read)
 
 
 def request_hash(request: dict[str, Any]) -> str:
@@ -184,19 +228,22 @@ async def retry_job(
         raise Conflict(f"Job {job_id} is {row.state}: it has not finished.", code="not_finished")
     if not row.messages:
         raise Conflict(f"Job {job_id} was deleted: nobody knows what it asked.", code="deleted")
-    resolved = its.registry.resolve(f"{row.provider}:{row.model}")
+    first = row.fallback_from or f"{row.provider}:{row.model}"
+    choice = choose(its.registry, first, row.messages, row.parameters, row.fallbacks)
     new = NewJob(
         caller=caller,
         lane=row.lane,
-        provider=row.provider,
-        model=resolved.model,
+        provider=choice.resolved.provider.id,
+        model=choice.resolved.model,
+        fallbacks=choice.fallbacks,
+        model_rule=row.requested_model and rule_of(row.requested_model),
         requested_model=row.requested_model,
         model_reason=f"as job {job_id}",
         kind=row.kind,
         instructions=row.instructions,
         asked=row.asked,
         messages=row.messages,
-        parameters=check_parameters(row.parameters, resolved.provider),
+        parameters=choice.parameters,
         request_hash=request_hash({"retry": job_id}),
         deadline_s=(row.deadline_ms - row.created_ms) / 1000,
         stream=row.stream,
@@ -352,13 +399,20 @@ async def cancel(its: Resources, caller: str, job_id: str, afterwards: Backgroun
         afterwards.add_task(bus.hint_cancel, its.redis, its.prefix, job_id)
 
 
+async def cancelled(its: Resources, caller: str, job_id: str) -> None:
+    """Cancel a job, outside of any request."""
+    afterwards = BackgroundTasks()
+    await cancel(its, caller, job_id, afterwards)
+    await afterwards()
+
+
 async def _cancel_queued(
     its: Resources, job_id: str, asked: Cancelling, afterwards: BackgroundTasks
 ) -> None:
     log = await bus.close_log(
         its.redis, its.prefix, job_id, asked.attempt, asked.age_ms, end_fields(CANCELLED)
     )
-    outcome = Outcome(CANCELLED, pack_log(log))
+    outcome = Outcome(CANCELLED, pack_log(log), message=text_message(log))
 
     def close(connection: Connection) -> Finished | None:
         return close_queued(connection, job_id, asked.attempt, outcome)

@@ -111,7 +111,7 @@ class MessageEvents:
         match type_:
             case events.STARTED | events.RESET if not self._begun:
                 self._begun = True
-                first = message(self._job_id, self._model, None, None, None)
+                first = message(self._job_id, own["model"], None, None, None)
                 yield {"type": "message_start", "message": {**first, "stop_reason": None}}
             case events.RESET if self._pieces.begun:
                 yield from self._break_off(_restarted(self._job_id))

@@ -8,14 +8,15 @@ from fastapi import APIRouter
 
 from api.deps import Shared, StrictRoute
 from backchannel.errors import InvalidRequest, NotFound
-from backchannel.registry import ALIASES, Registry
+from backchannel.registry import Registry
+from backchannel.tiers import NAMES
 
 router = APIRouter(prefix="/v1/models", tags=["models"], route_class=StrictRoute)
 
 
 @router.get("")
 async def list_models(its: Shared) -> dict[str, Any]:
-    """The models of every provider that could be asked now, and the aliases that lead to one."""
+    """The models of every provider that could be asked now, and the tiers that lead to one."""
     return {"object": "list", "data": _offered(its.registry)}
 
 
@@ -37,7 +38,7 @@ def _offered(registry: Registry) -> list[dict[str, Any]]:
         if registry.key_present(provider)
         for model in provider.models or (provider.default_model,)
     ]
-    for alias in ALIASES:
+    for alias in NAMES:
         try:
             found.append(_shown(alias, registry.resolve(alias).provider.id))
         except InvalidRequest:

@@ -66,6 +66,7 @@ class ResponseEvents:
                 # what the lost attempt said stays incomplete, and the next one opens new items
                 yield from self._abandon()
                 self._pieces.restart()
+                self.response = {**self.response, "model": own["model"]}  # it may be another one
                 if self.response["status"] == "queued":
                     yield self._told("response.in_progress", status="in_progress")
             case events.END:

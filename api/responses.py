@@ -12,14 +12,13 @@ from api.faces import (
     Face,
     Found,
     LeavingCancels,
-    cancelled,
     delete,
     failure_of,
     find,
     finished,
     stream,
 )
-from api.jobs import checked, stored_log, submit, until_finished
+from api.jobs import cancelled, checked, stored_log, submit, until_finished
 from api.response_events import ResponseEvents, finished_response
 from api.response_sessions import entering
 from backchannel.accept import accept
@@ -105,7 +104,8 @@ async def _previous(its: Resources, caller: str, asked: CreateResponse) -> Found
 
 def _head(found: Found) -> dict[str, Any]:
     job = found.job
-    return head(job.id, found.created_s, job.model, job.metadata, job.session, found.asked)
+    first = job.fallback_from or job.model  # a stream begins with it, also when it is told again
+    return head(job.id, found.created_s, first, job.metadata, job.session, found.asked)
 
 
 async def _shown(its: Resources, found: Found) -> dict[str, Any]:

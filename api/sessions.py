@@ -22,6 +22,7 @@ from backchannel.schemas import (
     session_of,
 )
 from backchannel.tables import sessions, turns
+from backchannel.tiers import rule_of
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=StrictRoute)
 
@@ -40,8 +41,11 @@ async def create_session(
         "system": asked.system,
         "provider": resolved.provider.id,
         "model": resolved.model,
+        "model_rule": rule_of(asked.model or its.registry.default_model),
         "model_version": 1,
         "last_seq": 0,
+        "double_texting": asked.double_texting,
+        "history": _limits(asked),
         "meta": asked.metadata or {},
         "created_ms": NOW,
         "updated_ms": NOW,
@@ -108,6 +112,10 @@ async def change_session(
         values["system"] = asked.system
     if "metadata" in asked.model_fields_set:
         values["meta"] = asked.metadata or {}
+    if "double_texting" in asked.model_fields_set:
+        values["double_texting"] = asked.double_texting
+    if "history" in asked.model_fields_set:
+        values["history"] = _limits(asked)
     if asked.model is not None:
         values |= _switch(its, asked.model)
 
@@ -124,6 +132,7 @@ def _switch(its: Resources, model: str) -> dict[str, Any]:
     return {
         "provider": to.provider.id,
         "model": to.model,
+        "model_rule": rule_of(model),
         "model_version": sessions.c.model_version + case((not_(same), 1), else_=0),
     }
 
@@ -137,3 +146,7 @@ def _read(connection: Connection, caller: str, session_id: str) -> Session:
 
 def _own(caller: str, session_id: str) -> tuple[Any, Any]:
     return sessions.c.id == session_id, sessions.c.caller == caller
+
+
+def _limits(asked: CreateSession) -> dict[str, Any] | None:
+    return None if asked.history is None else asked.history.model_dump(exclude_none=True)

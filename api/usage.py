@@ -19,6 +19,7 @@ DAY_MS = 86_400_000
 
 GROUPS: dict[str, ColumnElement[Any]] = {
     "model": usage.c.provider + ":" + usage.c.model,
+    "model_reason": usage.c.model_reason,
     "provider": usage.c.provider,
     "session": usage.c.session_id,
     "lane": usage.c.lane,
@@ -31,7 +32,9 @@ class UsageQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    group_by: list[str] = Field([], description="model, provider, session, lane, day.")
+    group_by: list[str] = Field(
+        [], description="model, model_reason, provider, session, lane, day."
+    )
     since: AwareDatetime | None = Field(None, description="RFC 3339, with its zone.")
     until: AwareDatetime | None = Field(None, description="Up to, but not including.")
 

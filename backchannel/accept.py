@@ -9,21 +9,33 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     Connection,
     Insert,
+    String,
     and_,
     bindparam,
     case,
     exists,
     insert,
     literal,
+    or_,
     select,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
 from backchannel.books import Doorbell, doorbell
-from backchannel.errors import NotFound, key_mismatch
-from backchannel.lifecycle import NOW, new_id
-from backchannel.tables import INTERACTIVE, QUEUED, RUNNING, jobs, requests, sessions, turns
+from backchannel.errors import Conflict, NotFound, key_mismatch
+from backchannel.lifecycle import NOW, interrupt, new_id
+from backchannel.tables import (
+    INTERACTIVE,
+    INTERRUPT,
+    QUEUED,
+    REJECT,
+    RUNNING,
+    jobs,
+    requests,
+    sessions,
+    turns,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,8 @@ class NewJob:
     batch_id: str | None = None
     line: int | None = None
     meta: dict[str, str] = field(default_factory=dict)
+    fallbacks: list[str] | None = None  # provider:model, in order
+    model_rule: str | None = None  # the tier, or auto, by which the model was chosen
     ring: bool = True  # now; False: the dispatcher does it, as for all of a batch
 
     @property
@@ -65,6 +79,7 @@ class Accepted(NamedTuple):
     created: bool
     doorbell: Doorbell | None
     created_ms: int
+    interrupted: str | None = None  # the begun turn of its session that was cancelled for it
 
 
 _values = {
@@ -74,7 +89,7 @@ _values = {
         for name in (
             "caller", "kind", "lane", "provider", "model", "requested_model", "model_reason",
             "request_hash", "stream", "idempotency_key", "session_id", "parent_id", "batch_id",
-            "line", "meta",
+            "line", "meta", "fallbacks",
         )
     },
     "state": literal(QUEUED),
@@ -99,8 +114,11 @@ _NOW = select(NOW)
 _SAME_KEY = select(jobs.c.id, jobs.c.request_hash, jobs.c.created_ms).where(
     jobs.c.caller == bindparam("who"), jobs.c.idempotency_key == bindparam("key")
 )
+_named = bindparam("switch") == True  # noqa: E712
+# a turn that names no model brings the one that its session's rule chose for it
+_brings = or_(_named, sessions.c.model_rule == bindparam("rule", type_=String))
 _switching = and_(
-    bindparam("switch") == True,  # noqa: E712
+    _brings,
     (sessions.c.model != bindparam("to_model")) | (sessions.c.provider != bindparam("to_provider")),
 )
 _ENTER_SESSION = (
@@ -110,17 +128,22 @@ _ENTER_SESSION = (
         last_seq=sessions.c.last_seq + bindparam("room"),
         provider=case((_switching, bindparam("to_provider")), else_=sessions.c.provider),
         model=case((_switching, bindparam("to_model")), else_=sessions.c.model),
+        model_rule=case((_named, bindparam("rule", type_=String)), else_=sessions.c.model_rule),
         model_version=sessions.c.model_version + case((_switching, 1), else_=0),
         updated_ms=NOW,
     )
-    .returning(sessions.c.last_seq, sessions.c.provider, sessions.c.model)
+    .returning(
+        sessions.c.last_seq, sessions.c.provider, sessions.c.model, sessions.c.double_texting
+    )
 )
 _before = jobs.alias("before")
-_TURN_HAS_COME = ~exists().where(
+_unfinished = and_(
     _before.c.session_id == bindparam("session"),
     _before.c.session_seq < bindparam("seq"),
     _before.c.state.in_([QUEUED, RUNNING]),
 )
+_TURN_HAS_COME = ~exists().where(_unfinished)
+_UNFINISHED = select(_before.c.id).where(_unfinished).limit(1)
 _PLACE_IN_SESSION = (
     update(jobs)
     .where(jobs.c.id == bindparam("job"))
@@ -128,6 +151,16 @@ _PLACE_IN_SESSION = (
         session_seq=bindparam("seq"),
         provider=bindparam("in_provider"),
         model=bindparam("in_model"),
+        model_reason=case(
+            (
+                and_(
+                    jobs.c.provider == bindparam("in_provider"),
+                    jobs.c.model == bindparam("in_model"),
+                ),
+                jobs.c.model_reason,
+            ),
+            else_=literal("the session's model"),  # it was switched since the request was read
+        ),
         rung_ms=case((_TURN_HAS_COME, jobs.c.rung_ms), else_=None),
     )
     .returning(
@@ -143,7 +176,8 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
     session's model of this moment.
 
     Raises:
-        Conflict: The idempotency key was used for another request.
+        Conflict: The idempotency key was used for another request, or the session takes one turn
+            at a time and is at one.
         NotFound: No such session for this caller.
     """
     job_id, now = new_id("job"), connection.execute(_NOW).scalar_one()
@@ -154,10 +188,10 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
             raise key_mismatch()
         return Accepted(same.id, created=False, doorbell=None, created_ms=same.created_ms)
     connection.execute(insert(requests), _request(job_id, new))
-    bell = _bell(job_id, new)
+    bell, interrupted = _bell(job_id, new), None
     if new.session_id is not None:
-        bell = _enter_session(connection, job_id, new)
-    return Accepted(job_id, created=True, doorbell=bell, created_ms=now)
+        bell, interrupted = _enter_session(connection, job_id, new)
+    return Accepted(job_id, True, bell, now, interrupted)
 
 
 def accept_many(connection: Connection, new: Sequence[NewJob]) -> list[Accepted]:
@@ -198,6 +232,7 @@ def _row(job_id: str, new: NewJob, now: int) -> dict[str, Any]:
         "new_batch_id": new.batch_id,
         "new_line": new.line,
         "new_meta": new.meta,
+        "new_fallbacks": new.fallbacks,
         "now": now,
         "deadline": now + int(new.deadline_s * 1000),
         "rung": now if new.rings else None,
@@ -214,8 +249,13 @@ def _request(job_id: str, new: NewJob) -> dict[str, Any]:
     }
 
 
-def _enter_session(connection: Connection, job_id: str, new: NewJob) -> Doorbell | None:
-    """Take the session's next places; the bell is rung only if no turn before is unfinished."""
+def _enter_session(
+    connection: Connection, job_id: str, new: NewJob
+) -> tuple[Doorbell | None, str | None]:
+    """Take the session's next places; the bell is rung only if no turn before is unfinished.
+
+    What becomes of one that is, the session's `double_texting` says.
+    """
     room = len(new.messages) + 1  # the last place is the answer's
     session = connection.execute(
         _ENTER_SESSION,
@@ -226,11 +266,17 @@ def _enter_session(connection: Connection, job_id: str, new: NewJob) -> Doorbell
             "switch": new.requested_model is not None,
             "to_provider": new.provider,
             "to_model": new.model,
+            "rule": new.model_rule,
         },
     ).first()
     if session is None:
         raise NotFound(f"There is no session '{new.session_id}'.", param="session")
     first = session.last_seq - room + 1
+    interrupted = None
+    if session.double_texting == REJECT:
+        _refuse_if_busy(connection, new, first)
+    elif session.double_texting == INTERRUPT:
+        interrupted = interrupt(connection, str(new.session_id), first, job_id)
     placed = connection.execute(
         _PLACE_IN_SESSION,
         {
@@ -253,4 +299,15 @@ def _enter_session(connection: Connection, job_id: str, new: NewJob) -> Doorbell
             for offset, message in enumerate(new.messages)
         ],
     )
-    return None if placed.rung_ms is None else doorbell(placed)
+    return None if placed.rung_ms is None else doorbell(placed), interrupted
+
+
+def _refuse_if_busy(connection: Connection, new: NewJob, first: int) -> None:
+    busy = connection.execute(_UNFINISHED, {"session": new.session_id, "seq": first}).scalar()
+    if busy is not None:
+        raise Conflict(
+            f"Session {new.session_id} takes one turn at a time, and job {busy} has not finished. "
+            "Wait for it or cancel it, then send this again.",
+            code="session_busy",
+            param="session",
+        )

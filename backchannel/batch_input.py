@@ -8,9 +8,9 @@ import msgspec
 
 from backchannel.accept import NewJob
 from backchannel.chat_input import CreateChat
+from backchannel.choice import choose
 from backchannel.errors import InvalidRequest, UnsupportedParameter, naming
 from backchannel.files import MAX_LINE_BYTES
-from backchannel.parameters import check_parameters
 from backchannel.registry import Registry, Resolved
 from backchannel.response_input import CreateResponse
 from backchannel.schemas import CreateJob, decode, validated
@@ -119,8 +119,8 @@ _NOT_IN_A_LINE = {
     "stream": "its answer comes whole",
     "background": "all of a batch is done in the background",
     "previous_response_id": "lines are answered in any order",
-    "x_backchannel": "lane, session and deadline are those of the batch",
 }
+_OURS_IN_A_LINE = {"fallbacks"}  # of x_backchannel
 
 
 class Asked(NamedTuple):
@@ -131,6 +131,7 @@ class Asked(NamedTuple):
     messages: list[dict[str, Any]]
     resolved: Resolved
     parameters: dict[str, Any]
+    fallbacks: list[str] | None
 
 
 def ask(endpoint: str, raw: bytes, registry: Registry) -> Asked:
@@ -143,12 +144,19 @@ def ask(endpoint: str, raw: bytes, registry: Registry) -> Asked:
     for name, why in _NOT_IN_A_LINE.items():
         if body.get(name):
             raise UnsupportedParameter(f"{name} is refused in a batch: {why}.", param=name)
+    ours = body.get("x_backchannel")
+    if isinstance(ours, dict) and ours.keys() - _OURS_IN_A_LINE:
+        raise UnsupportedParameter(
+            "x_backchannel of a line may hold fallbacks only: lane, session and deadline are those "
+            "of the batch.",
+            param="x_backchannel",
+        )
     form = validated(_FORMS[endpoint], body)
     with naming(form.NAMES):
         order, messages = form.order(), form.chat()
-        resolved = registry.resolve(order.model)
-        parameters = check_parameters(order.parameters or {}, resolved.provider)
-    return Asked(form, order, messages, resolved, parameters)
+        asked, fallbacks = order.parameters or {}, order.fallbacks
+        choice = choose(registry, order.model, messages, asked, fallbacks, system=order.system)
+    return Asked(form, order, messages, choice.resolved, choice.parameters, choice.fallbacks)
 
 
 def job_of_line(batch: Any, raw: bytes, head: Head, registry: Registry) -> NewJob:
@@ -160,7 +168,7 @@ def job_of_line(batch: Any, raw: bytes, head: Head, registry: Registry) -> NewJo
     Raises:
         InvalidRequest: It cannot be a job.
     """
-    form, order, messages, resolved, parameters = ask(batch.endpoint, raw, registry)
+    form, order, messages, resolved, parameters, fallbacks = ask(batch.endpoint, raw, registry)
     sent = None
     if batch.endpoint == RESPONSES:  # it repeats what was asked, but for the input
         sent = form.model_dump(exclude_unset=True, exclude={"input"})
@@ -172,6 +180,7 @@ def job_of_line(batch: Any, raw: bytes, head: Head, registry: Registry) -> NewJo
         model=resolved.model,
         requested_model=order.model,
         model_reason=resolved.reason,
+        fallbacks=fallbacks,
         instructions=order.system,
         messages=messages,
         parameters=parameters,

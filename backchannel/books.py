@@ -11,7 +11,16 @@ from backchannel.counts import LineEnd, count
 from backchannel.db import at_end, in_bulk, now_ms
 from backchannel.notices import job_end, tell
 from backchannel.pricing import Tokens
-from backchannel.tables import QUEUED, SUCCEEDED, attempts, jobs, results, turns, usage
+from backchannel.tables import (
+    CANCELLED,
+    QUEUED,
+    SUCCEEDED,
+    attempts,
+    jobs,
+    results,
+    turns,
+    usage,
+)
 
 NOW = now_ms()
 
@@ -107,7 +116,9 @@ def write_finish(connection: Connection, row: Any, outcome: Outcome) -> Finished
     if row.session_id is None:
         return Finished(None)
     if outcome.state == SUCCEEDED:
-        _answer_turn(connection, row, outcome)
+        _answer_turn(connection, row, outcome.message)
+    elif outcome.state == CANCELLED and row.interrupted_by and (partial := _text(outcome.message)):
+        _answer_turn(connection, row, partial)
     following = connection.execute(
         _NEXT_IN_SESSION, {"session": row.session_id, "seq": row.session_seq}
     ).first()
@@ -123,7 +134,13 @@ def _line_end(row: Any, state: str, spent: Spent | None) -> LineEnd:
     )  # fmt: skip
 
 
-def _answer_turn(connection: Connection, row: Any, outcome: Outcome) -> None:
+def _text(message: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What an answer that broke off can be told as: half a tool call would be refused."""
+    text = message and message["content"]
+    return {"role": "assistant", "content": text} if text else None
+
+
+def _answer_turn(connection: Connection, row: Any, message: dict[str, Any] | None) -> None:
     asked = (
         select(turns.c.seq).where(turns.c.job_id == row.id).order_by(turns.c.seq.desc()).limit(1)
     )
@@ -133,7 +150,7 @@ def _answer_turn(connection: Connection, row: Any, outcome: Outcome) -> None:
             "session_id": row.session_id,
             "seq": connection.execute(asked).scalar_one() + 1,
             "job_id": row.id,
-            "message": outcome.message,
+            "message": message,
             "provider": row.provider,
             "model": row.model,
         },
@@ -192,6 +209,7 @@ def close_attempt(
             "caller": row.caller,
             "provider": row.provider,
             "model": row.model,
+            "model_reason": row.model_reason,
             "session_id": row.session_id,
             "lane": row.lane,
             "source": spent.source,

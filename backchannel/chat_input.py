@@ -74,6 +74,7 @@ class CreateChat(BaseModel):
     NAMES: ClassVar[dict[str, str]] = {
         "session": "x_backchannel.session",
         "deadline_s": "x_backchannel.deadline_s",
+        "fallbacks": "x_backchannel.fallbacks",
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -98,6 +99,7 @@ class CreateChat(BaseModel):
             session=ours.session,
             lane=ours.lane,
             deadline_s=ours.deadline_s,
+            fallbacks=ours.fallbacks,
             metadata=self.metadata,
             parameters=self.model_extra,
             stream=bool(self.stream),

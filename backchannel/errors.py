@@ -219,6 +219,22 @@ PROVIDER_ERRORS: dict[str, Policy] = {
 UNWELL = frozenset({"unreachable", "overloaded", "server_error", "disconnected", "stalled"})
 
 
+# What says that a model cannot be had here, now: to try it again helps nobody, another one may do.
+UNAVAILABLE = frozenset({"auth", "billing", "provider_not_found", "provider_key_missing"})
+
+
+def falls_back(error: BackchannelError) -> bool:
+    """Whether a job with fallbacks asks its next model, if nothing of an answer has come yet.
+
+    For what would be tried again, and for what is unavailable. Not for what the request itself is
+    refused for: content, length, form.
+    """
+    if error.code in UNAVAILABLE:
+        return True
+    # 404: the provider has no such model
+    return isinstance(error, ProviderError) and (error.retryable or error.status_code == 404)
+
+
 class ProviderError(BackchannelError):
     """A provider's answer that is not an answer, classified.
 

@@ -28,13 +28,24 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    or_,
     select,
     update,
 )
 from uuid_utils.compat import uuid7
 
-from backchannel.books import Finished, Outcome, Spent, close_attempt, write_finish
+from backchannel.books import (
+    Doorbell,
+    Finished,
+    Outcome,
+    Spent,
+    close_attempt,
+    doorbell,
+    write_finish,
+)
 from backchannel.db import at_end, in_bulk, now_ms
+from backchannel.events import END, encode, end_fields, pack_log
+from backchannel.history import Message, Turn, budget_of, fit
 from backchannel.tables import (
     CANCELLED,
     EXPIRED,
@@ -133,6 +144,9 @@ class Claim:
     left_ms: int  # to the deadline
     messages: list[dict[str, Any]]
     parameters: dict[str, Any]
+    model_reason: str = ""
+    fallbacks: list[str] | None = None
+    fallback_from: str | None = None
 
     @property
     def fence(self) -> dict[str, Any]:
@@ -173,6 +187,9 @@ _CLAIM = (
         jobs.c.session_seq,
         jobs.c.stream,
         jobs.c.retries,
+        jobs.c.model_reason,
+        jobs.c.fallbacks,
+        jobs.c.fallback_from,
         (NOW - jobs.c.created_ms).label("age_ms"),
         (jobs.c.deadline_ms - NOW).label("left_ms"),
         _asked(requests.c.instructions),
@@ -181,18 +198,27 @@ _CLAIM = (
     )
 )
 _BEGIN_ATTEMPTS = in_bulk(insert(attempts).values(started_ms=NOW))
-_SYSTEM = select(sessions.c.system).where(sessions.c.id == bindparam("session"))
+_SESSION = select(sessions.c.system, sessions.c.history).where(
+    sessions.c.id == bindparam("session")
+)
 # Turns of jobs that did not succeed stay visible in the session but are not told to the model:
-# a question without its answer would be asked twice when it is retried.
+# a question without its answer would be asked twice when it is retried. What was interrupted is
+# told: whoever wrote on has read as far as that.
 _HISTORY = (
-    select(turns.c.message)
+    select(turns.c.job_id, turns.c.message)
     .join(jobs, jobs.c.id == turns.c.job_id)
     .where(
         turns.c.session_id == bindparam("session"),
         turns.c.seq < bindparam("seq"),
-        jobs.c.state == SUCCEEDED,
+        or_(
+            jobs.c.state == SUCCEEDED,
+            and_(jobs.c.state == CANCELLED, jobs.c.interrupted_by.is_not(None)),
+        ),
     )
     .order_by(turns.c.seq)
+)
+_DROPPED = (
+    update(jobs).where(jobs.c.id == bindparam("job")).values(turns_dropped=bindparam("dropped"))
 )
 
 
@@ -220,15 +246,36 @@ def claim(
     claimed = row._asdict()
     instructions, messages = claimed.pop("instructions"), claimed.pop("messages")
     if row.session_id is not None:
-        history = connection.execute(
-            _HISTORY, {"session": row.session_id, "seq": row.session_seq}
-        ).scalars()
-        messages = [*history, *messages]
+        session = connection.execute(_SESSION, {"session": row.session_id}).one()
         if instructions is None:
-            instructions = connection.execute(_SYSTEM, {"session": row.session_id}).scalar()
+            instructions = session.system
+        history = _history(connection, job_id, row, session.history, instructions, messages)
+        messages = [*history, *messages]
     if instructions is not None:
         messages = [{"role": "system", "content": instructions}, *messages]
     return Claim(job_id=job_id, owner=owner, messages=messages, **claimed)
+
+
+def _history(
+    connection: Connection,
+    job_id: str,
+    row: Any,
+    limits: dict[str, Any] | None,
+    instructions: str | None,
+    messages: list[Message],
+) -> list[Message]:
+    """What was said before, as far as the session's budget for the job's model goes."""
+    said = connection.execute(_HISTORY, {"session": row.session_id, "seq": row.session_seq})
+    budget = budget_of(limits, f"{row.provider}:{row.model}")
+    if budget is None:
+        return [each.message for each in said]
+    by_job: dict[str, Turn] = {}
+    for each in said:
+        by_job.setdefault(each.job_id, []).append(each.message)
+    system = [] if instructions is None else [{"role": "system", "content": instructions}]
+    told = fit(list(by_job.values()), [*system, *messages], budget)
+    connection.execute(_DROPPED, {"job": job_id, "dropped": told.dropped})
+    return [message for turn in told.turns for message in turn]
 
 
 def sign_on(connection: Connection, owner: str, host: str, pid: int, slots: int) -> None:
@@ -312,8 +359,8 @@ def _ending(statement: Update) -> Update:
         error_message=bindparam("why"),
     ).returning(
         jobs.c.id, jobs.c.kind, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model,
-        jobs.c.attempt, jobs.c.session_id, jobs.c.session_seq, jobs.c.batch_id, jobs.c.line,
-        _call,
+        jobs.c.model_reason, jobs.c.attempt, jobs.c.session_id, jobs.c.session_seq,
+        jobs.c.interrupted_by, jobs.c.batch_id, jobs.c.line, _call,
     )  # fmt: skip
 
 
@@ -344,8 +391,8 @@ _back = {
     "rung_ms": None,
 }
 _row = (
-    jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.session_id,
-    jobs.c.session_seq, jobs.c.attempt, _call,
+    jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.model_reason,
+    jobs.c.session_id, jobs.c.session_seq, jobs.c.attempt, _call,
 )  # fmt: skip
 _REQUEUE = (
     _fenced(_move(RUNNING, QUEUED))
@@ -368,12 +415,81 @@ def retry_later(
     error_code: str,
     error_message: str,
     spent: Spent | None,
+    ask: Ask | None = None,
 ) -> bool:
-    """Back to the queue after a provider error; its usage is on the books but not billable."""
-    return _requeue(
+    """Back to the queue after a provider error; its usage is on the books but not billable.
+
+    Args:
+        ask: Another model, for the next attempt.
+    """
+    back = _requeue(
         connection, claim.fence, "retried", error_code, error_message, spent,
         delay_ms=int(delay_s * 1000), burnt=int(burns_attempt), in_front=1,
     )  # fmt: skip
+    if back and ask is not None:
+        connection.execute(
+            _ASK, {"job": claim.job_id, "by_attempt": claim.attempt, **ask._asdict()}
+        )
+    return back
+
+
+class Ask(NamedTuple):
+    """The model that the next attempt asks instead, and why."""
+
+    new_provider: str
+    new_model: str
+    new_reason: str
+
+
+_ASK = (
+    update(jobs)
+    .where(_its_id, jobs.c.attempt == bindparam("by_attempt"), state_is(QUEUED))
+    .values(
+        provider=bindparam("new_provider"),
+        model=bindparam("new_model"),
+        model_reason=bindparam("new_reason"),
+        fallback_from=func.coalesce(jobs.c.fallback_from, jobs.c.provider + ":" + jobs.c.model),
+    )
+)
+_RUNG = (
+    update(jobs)
+    .where(_its_id, jobs.c.attempt == bindparam("by_attempt"), state_is(QUEUED))
+    .values(rung_ms=NOW)
+    .returning(jobs.c.id, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.attempt, jobs.c.rank)
+)
+
+
+def fall_back(
+    connection: Connection,
+    claim: Claim,
+    ask: Ask,
+    *,
+    error_code: str,
+    error_message: str,
+    spent: Spent | None,
+) -> Doorbell | None:
+    """Ask another model at once, at the head of the line: no retry is burnt. None: not ours.
+
+    It is another attempt, because every provider call has an attempt of its own on the books.
+    """
+    if not _requeue(
+        connection, claim.fence, "fell_back", error_code, error_message, spent,
+        delay_ms=0, burnt=0, in_front=0,
+    ):  # fmt: skip
+        return None
+    which = {"job": claim.job_id, "by_attempt": claim.attempt}
+    connection.execute(_ASK, {**which, **ask._asdict()})
+    return doorbell(connection.execute(_RUNG, which).one())
+
+
+_MET = select(attempts.c.error_code).where(
+    attempts.c.job_id == bindparam("job"), attempts.c.error_code.is_not(None)
+)
+
+
+def errors_met(connection: Connection, job_id: str) -> set[str]:
+    """The codes of the errors that a job's attempts ended with."""
+    return set(connection.execute(_MET, {"job": job_id}).scalars())
 
 
 def hand_back(connection: Connection, claim: Claim, spent: Spent | None) -> bool:
@@ -622,6 +738,33 @@ def request_cancel(connection: Connection, job_id: str, caller: str) -> Cancelli
     """Put a cancel on record: from here on no attempt starts. None: finished, or not there."""
     row = connection.execute(_REQUEST_CANCEL, {"job": job_id, "who": caller}).first()
     return None if row is None else Cancelling(*row)
+
+
+_INTERRUPT = (
+    update(jobs)
+    .where(
+        jobs.c.session_id == bindparam("session"),
+        jobs.c.session_seq < bindparam("seq"),
+        jobs.c.state.in_([QUEUED, RUNNING]),
+        jobs.c.cancel_ms.is_(None),
+    )
+    .values(cancel_ms=NOW, interrupted_by=bindparam("by_job"))
+    .returning(jobs.c.id, jobs.c.attempt)
+)
+_UNHEARD = Outcome(CANCELLED, pack_log([encode(0, END, end_fields(CANCELLED))]))
+
+
+def interrupt(connection: Connection, session_id: str, seq: int, by_job: str) -> str | None:
+    """Cancel a session's unfinished turns before a place, for the job that comes after them.
+
+    Those that have not begun end at once. Of the one that has, the cancel is on record; returns it.
+    """
+    found = connection.execute(_INTERRUPT, {"session": session_id, "seq": seq, "by_job": by_job})
+    begun = None
+    for row in found.all():
+        if row.attempt or close_queued(connection, row.id, 0, _UNHEARD) is None:
+            begun = row.id
+    return begun
 
 
 # ---------------------------------------------------------------- the jobs of a batch

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from backchannel import events
+from backchannel.events import Event, fields
 
 Kind = Literal["text", "reasoning", "tool_call"]
 _TEXTS: dict[str, Kind] = {events.DELTA: "text", events.REASONING: "reasoning"}
@@ -113,6 +114,20 @@ class Pieces:
     def restart(self) -> None:
         """Another attempt begins: what it says is a new answer, with new numbers."""
         self.items = []
+
+
+def text_message(log: Iterable[Event]) -> dict[str, Any] | None:
+    """What the last attempt in a log had said when it broke off, as a message; None: nothing.
+
+    For a job that ends without a worker: nobody else knows it any more.
+    """
+    text: list[str] = []
+    for event in log:
+        if event.type in (events.RESET, events.RETRYING):
+            text.clear()
+        elif event.type == events.DELTA:
+            text.append(fields(event)[1]["text"])
+    return {"role": "assistant", "content": "".join(text)} if text else None
 
 
 def items_of_message(message: dict[str, Any] | None) -> list[Item]:

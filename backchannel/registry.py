@@ -10,6 +10,7 @@ from typing import Literal
 
 from backchannel.errors import InvalidRequest, ProviderKeyMissing, ProviderNotFound, SetupError
 from backchannel.settings import Settings, get_settings
+from backchannel.tiers import AUTO, DEFAULT_TIERS, USUAL, Tier, tier_of
 from backchannel.vault import provider_key
 
 ProviderType = Literal["anthropic", "openai-compatible", "echo"]
@@ -131,28 +132,8 @@ BUILT_IN: tuple[Provider, ...] = (
     ),
 )
 
-# An alias is an ordered list: the first model whose provider is available is taken.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "fast": (
-        "anthropic:claude-haiku-4-5",
-        "openai:gpt-5-nano",
-        "groq:llama-3.1-8b-instant",
-        "gemini:gemini-2.5-flash-lite",
-    ),
-    "balanced": (
-        "anthropic:claude-sonnet-4-5-20250929",
-        "openai:gpt-5-mini",
-        "groq:llama-3.3-70b-versatile",
-        "gemini:gemini-2.5-flash",
-    ),
-    "powerful": (
-        "anthropic:claude-opus-4-5",
-        "openai:gpt-5",
-        "gemini:gemini-2.5-pro",
-        "groq:openai/gpt-oss-120b",
-    ),
-}
-ALIASES["auto"] = ALIASES["balanced"]
+
+NAMED = "named by the request"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,30 +181,44 @@ class Registry:
         ``provider:model`` is split on the first colon only if the left part is a registered id,
         because Ollama tags contain colons; an id alone means its default model; a bare name goes to
         the default provider, a name with a colon only if that provider's names have them;
-        ``fast``, ``balanced``, ``powerful`` and ``auto`` take the first available of their list.
+        a tier takes the first available of its list, ``auto`` the usual tier: which one a request
+        calls for, `backchannel.choice.choose` says.
 
         Raises:
             ProviderNotFound: The name cannot be placed.
             ProviderKeyMissing: The provider needs a key that is not set.
         """
-        resolved = self._place(name)
+        asked = name or self.default_model
+        tier = USUAL if asked == AUTO else tier_of(asked)
+        if tier is not None:
+            return self.of_tier(tier, f"'{asked}'")[0]
+        resolved = self.place(asked, NAMED if name else "the default model")
         if not self.key_present(resolved.provider):
-            provider = resolved.provider
-            variable = provider.key_env or _variable(provider.id, "API_KEY")
-            raise ProviderKeyMissing(
-                f"Provider '{provider.id}' has no key. Set {variable} where the API and the "
-                "workers start, or use the offline model 'echo:echo-1'.",
-                param="model",
-            )
+            raise self.key_missing(resolved.provider)
         return resolved
 
-    def _place(self, name: str | None) -> Resolved:
-        asked = name or self._settings.default_model
-        why = "named by the request" if name else "the default model"
+    @property
+    def default_model(self) -> str:
+        """What a job that names no model is asked of; it may be a tier."""
+        return self._settings.default_model
+
+    def key_missing(self, provider: Provider) -> ProviderKeyMissing:
+        """The error that says which key to set."""
+        variable = provider.key_env or _variable(provider.id, "API_KEY")
+        return ProviderKeyMissing(
+            f"Provider '{provider.id}' has no key. Set {variable} where the API and the "
+            "workers start, or use the offline model 'echo:echo-1'.",
+            param="model",
+        )
+
+    def place(self, asked: str, why: str) -> Resolved:
+        """A model's name with its provider, whether or not that one could be called.
+
+        Raises:
+            ProviderNotFound: The name cannot be placed.
+        """
         if asked != asked.strip() or not asked:
             raise InvalidRequest("A model name has no spaces around it.", param="model")
-        if asked in ALIASES:
-            return self._first_available(asked)
         left, colon, right = asked.partition(":")
         if left in self.providers:
             provider = self.providers[left]
@@ -238,18 +233,44 @@ class Registry:
             )
         return Resolved(provider, asked, f"{why}; a bare name goes to {provider.id}")
 
-    def _first_available(self, alias: str) -> Resolved:
-        for candidate in ALIASES[alias]:
-            provider_id, _, model = candidate.partition(":")
-            provider = self.providers[provider_id]
-            if self.key_present(provider):
-                return Resolved(provider, model, f"'{alias}': first available is {provider_id}")
-        raise ProviderKeyMissing(
-            f"No provider of '{alias}' has a key. Set one of "
-            + ", ".join(p.key_env for p in BUILT_IN if p.key_env)
-            + ".",
-            param="model",
-        )
+    def of_tier(
+        self, tier: Tier, named: str, unfit: Callable[[Provider], str | None] = lambda _: None
+    ) -> list[Resolved]:
+        """The models of a tier that could be asked now, in order; the reason names the others.
+
+        Args:
+            named: What the reason begins with: how the tier came to be asked for.
+            unfit: Why a provider cannot answer this request; None if it can.
+
+        Raises:
+            ProviderKeyMissing: There are none.
+        """
+        found, skipped = [], []
+        for name in self._settings.tiers.get(tier) or DEFAULT_TIERS[tier]:
+            try:
+                resolved = self.place(name, "")
+            except ProviderNotFound:
+                skipped.append(f"{name} (no such provider)")
+                continue
+            able = self.key_present(resolved.provider)
+            if (why := unfit(resolved.provider) if able else "no key") is None:
+                found.append(resolved)
+            elif not found:
+                skipped.append(f"{resolved.id} ({why})")
+        if not found:
+            raise ProviderKeyMissing(
+                f"No model of tier '{tier}' can be asked: {', '.join(skipped)}. Set one of "
+                f"{', '.join(p.key_env for p in self.providers.values() if p.key_env)}, or give "
+                f"the tier other models with {_TIERS}{tier.upper()}.",
+                param="model",
+            )
+        reason = f"{named}; first available is {found[0].provider.id}"
+        if skipped:
+            reason += f"; skipped {', '.join(skipped)}"
+        return [replace(found[0], reason=reason), *found[1:]]
+
+
+_TIERS = "BACKCHANNEL_TIERS__"
 
 
 def _variable(provider_id: str, field_name: str) -> str:

@@ -47,6 +47,7 @@ class CreateResponse(NullsAreNotGiven):
         "verbosity": "text.verbosity",
         "session": "x_backchannel.session",
         "deadline_s": "x_backchannel.deadline_s",
+        "fallbacks": "x_backchannel.fallbacks",
     }
 
     input: str | list[Item] = Field(min_length=1)
@@ -88,6 +89,7 @@ class CreateResponse(NullsAreNotGiven):
             system=self.instructions or None,
             lane=ours.lane,
             deadline_s=ours.deadline_s,
+            fallbacks=ours.fallbacks,
             metadata=self.metadata,
             parameters=_parameters_of(self),
         )

@@ -21,7 +21,7 @@ from sqlalchemy import Select, and_, select
 from backchannel.books import Spent
 from backchannel.errors import InvalidRequest
 from backchannel.pricing import Tokens
-from backchannel.tables import jobs, results, turns, usage
+from backchannel.tables import CANCELLED, jobs, results, turns, usage
 
 # ---------------------------------------------------------------- strict JSON
 
@@ -206,6 +206,15 @@ class Message(_Request):
     refusal: str | None = None
 
 
+Fallbacks = Annotated[
+    list[Name],
+    Field(
+        max_length=16,
+        description="Models asked in this order when the one before does not answer at all.",
+    ),
+]
+
+
 class CreateJob(_Request):
     """One chat to be answered."""
 
@@ -216,7 +225,10 @@ class CreateJob(_Request):
     system: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Put before the messages; in a session, in place of the session's own."
     )
-    model: Name | None = Field(None, description="provider:model, a bare name, or an alias.")
+    model: Name | None = Field(
+        None, description="provider:model, a bare name, tier:fast or another tier, or auto."
+    )
+    fallbacks: Fallbacks | None = None
     session: str | None = Field(None, description="The session this is the next turn of.")
     parameters: dict[str, Any] | None = Field(
         None, description="Any parameter of chat completions."
@@ -247,6 +259,7 @@ class Ours(_Request):
     lane: Literal["interactive", "batch"] = "interactive"
     session: str | None = None
     deadline_s: float | None = Field(None, gt=0)
+    fallbacks: Fallbacks | None = None
 
 
 def check_message(message: Message, place: str) -> None:
@@ -269,6 +282,17 @@ def check_message(message: Message, place: str) -> None:
         )
 
 
+DoubleTexting = Literal["enqueue", "reject", "interrupt"]
+Budget = Annotated[int, Field(ge=1, le=2**53)]
+
+
+class History(_Request):
+    """How much of a session's history is told, in likely tokens of all that is told."""
+
+    max_tokens: Budget | None = Field(None, description="For models that have none of their own.")
+    models: dict[Name, Budget] | None = Field(None, description="By provider:model.")
+
+
 class CreateSession(_Request):
     """A new conversation."""
 
@@ -277,6 +301,10 @@ class CreateSession(_Request):
     system: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Said to the model before every turn's history."
     )
+    double_texting: DoubleTexting = Field(
+        "enqueue", description="What becomes of an unfinished turn when the next one is sent."
+    )
+    history: History | None = Field(None, description="Null: all of it is told.")
     metadata: Metadata | None = None
 
 
@@ -325,7 +353,11 @@ class Job(BaseModel):
     provider: str
     requested_model: str | None
     model_reason: str
+    fallbacks: list[str]
+    fallback_from: str | None
     session: str | None
+    turns_dropped: int | None
+    interrupted_by: str | None
     parent_id: str | None
     metadata: dict[str, str]
     stream: bool
@@ -359,7 +391,10 @@ class Session(BaseModel):
     id: str
     object: Literal["session"] = "session"
     model: str
+    model_rule: str | None
     model_version: int
+    double_texting: DoubleTexting
+    history: History | None
     title: str | None
     system: str | None
     metadata: dict[str, str]
@@ -376,6 +411,7 @@ class SessionMessage(BaseModel):
     job_id: str
     state: str
     model: str | None  # of an answer
+    interrupted: bool  # by the turn after it: an answer that is marked so broke off
     created_at: str
 
 
@@ -423,7 +459,11 @@ def job_of(row: Any) -> Job:
         provider=row.provider,
         requested_model=row.requested_model,
         model_reason=row.model_reason,
+        fallbacks=row.fallbacks or [],
+        fallback_from=row.fallback_from,
         session=row.session_id,
+        turns_dropped=row.turns_dropped,
+        interrupted_by=row.interrupted_by,
         parent_id=row.parent_id,
         metadata=row.meta,
         stream=row.stream,
@@ -461,7 +501,10 @@ def session_of(row: Any) -> Session:
     return Session(
         id=row.id,
         model=f"{row.provider}:{row.model}",
+        model_rule=row.model_rule,
         model_version=row.model_version,
+        double_texting=row.double_texting,
+        history=row.history and History(**row.history),
         title=row.title,
         system=row.system,
         metadata=row.meta,
@@ -471,7 +514,9 @@ def session_of(row: Any) -> Session:
 
 
 # Everything `message_of` needs.
-MESSAGE: Select[Any] = select(turns, jobs.c.state).join(jobs, jobs.c.id == turns.c.job_id)
+MESSAGE: Select[Any] = select(turns, jobs.c.state, jobs.c.interrupted_by).join(
+    jobs, jobs.c.id == turns.c.job_id
+)
 
 
 def message_of(row: Any) -> SessionMessage:
@@ -482,5 +527,7 @@ def message_of(row: Any) -> SessionMessage:
         job_id=row.job_id,
         state=row.state,
         model=None if row.model is None else f"{row.provider}:{row.model}",
+        # one that was to be interrupted and had just finished is whole
+        interrupted=row.state == CANCELLED and row.interrupted_by is not None,
         created_at=rfc3339(row.created_ms),
     )

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from backchannel.egress import AllowedHosts
+from backchannel.tiers import NAMES, Tier
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]+")
 
@@ -77,6 +78,11 @@ class Settings(BaseSettings):
         SecretStr(""),
         description="Fernet keys for the secrets in the database, with commas, the newest first. "
         "Empty: the file master.key of the home folder, made at first use.",
+    )
+    tiers: dict[Tier, list[str]] = Field(
+        default_factory=dict,
+        description="Own models of a tier, fast, balanced or powerful, in the order they are "
+        "tried, as JSON; or one tier alone in BACKCHANNEL_TIERS__FAST, as a JSON array.",
     )
     allow_open_bind: bool = Field(
         False,
@@ -153,6 +159,16 @@ class Settings(BaseSettings):
     @classmethod
     def _hosts_can_be_read(cls, value: str) -> str:
         AllowedHosts.parse(value)
+        return value
+
+    @field_validator("tiers", mode="after")
+    @classmethod
+    def _tiers_name_models(cls, value: dict[Tier, list[str]]) -> dict[Tier, list[str]]:
+        for tier, models in value.items():
+            if not models:
+                raise ValueError(f"tier {tier} is empty: name a model, or leave it out")
+            if nested := [name for name in models if name in NAMES]:
+                raise ValueError(f"tier {tier} names {nested[0]}, which is no model")
         return value
 
     @property

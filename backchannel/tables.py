@@ -58,6 +58,10 @@ DELIVERY_FOLLOWS: dict[str, frozenset[str]] = {
     DELIVERED: frozenset({PENDING}),
     DEAD: frozenset({PENDING}),
 }
+# What a session does with a message that comes while a turn is unfinished.
+ENQUEUE = "enqueue"
+REJECT = "reject"
+INTERRUPT = "interrupt"
 
 INTERACTIVE = "interactive"
 BATCH = "batch"
@@ -136,8 +140,13 @@ class Job(SQLModel, table=True):
     model: str
     requested_model: str | None = None
     model_reason: str
+    # provider:model, in the order in which they are asked when the one before does not answer
+    fallbacks: list[str] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+    fallback_from: str | None = None  # the first model, once another was asked in its place
     session_id: str | None = None
     session_seq: int | None = None  # of the job's first message in its session
+    interrupted_by: str | None = None  # the job of the session that it was cancelled for
+    turns_dropped: int | None = None  # of the session's, that did not fit its budget of tokens
     parent_id: str | None = None
     batch_id: str | None = None
     line: int | None = None  # of the batch's input file
@@ -195,7 +204,7 @@ class Attempt(SQLModel, table=True):
     started_ms: int = _big()
     provider_call_ms: int | None = _big(null=True)
     finished_ms: int | None = _big(null=True)
-    outcome: str | None = None  # a terminal state, or retried | reaped | handed_back
+    outcome: str | None = None  # a terminal state, or retried | fell_back | reaped | handed_back
     error_code: str | None = None
     error_message: str | None = None
 
@@ -225,6 +234,7 @@ class Usage(SQLModel, table=True):
     caller: str
     provider: str
     model: str
+    model_reason: str | None = None
     session_id: str | None = None
     lane: str
     source: str  # final | partial | estimated | unknown
@@ -250,8 +260,13 @@ class ChatSession(SQLModel, table=True):
     system: str | None = None  # said before every turn's history
     provider: str
     model: str
+    model_rule: str | None = None  # a tier or auto: each turn's model is chosen by it
     model_version: int = 1  # counts switches
     last_seq: int = 0  # sequence numbers up to here are taken
+    # what becomes of an unfinished turn when the next one comes
+    double_texting: str = Field(default=ENQUEUE, sa_column_kwargs={"server_default": ENQUEUE})
+    # {"max_tokens": …, "models": {"provider:model": …}}: see backchannel/history.py
+    history: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
     meta: dict[str, str] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     created_ms: int = _big()
     updated_ms: int = _big()

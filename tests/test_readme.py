@@ -13,6 +13,7 @@ import pytest
 from api.main import create_app
 from backchannel.cli.main import answer
 from backchannel.settings import ProviderSettings, Settings
+from backchannel.tiers import TIERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -97,11 +98,13 @@ def test_every_path_exists(page: Path) -> None:
 def test_every_setting_exists(page: Path) -> None:
     known = {f"BACKCHANNEL_{name.upper()}" for name in Settings.model_fields}
     own = {name.upper() for name in ProviderSettings.model_fields}
+    tiers = {tier.upper() for tier in TIERS}
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"BACKCHANNEL_[A-Z0-9_<>]*[A-Z0-9>]", text):
         setting, *parts = name.split("__")
         assert setting in known, name
-        assert not parts or (setting.endswith("_PROVIDERS") and parts[-1] in own), name
+        inside = tiers if setting.endswith("_TIERS") else own if "_PROVIDERS" in setting else set()
+        assert not parts or parts[-1] in inside, name
 
 
 @every_page

@@ -15,8 +15,9 @@ import structlog
 
 from backchannel import books, bus, dispatch, events, lifecycle
 from backchannel.events import Event, end_fields
+from backchannel.pieces import text_message
 from backchannel.queue import queue_length, ring
-from backchannel.tables import FAILED, LANES
+from backchannel.tables import CANCELLED, FAILED, LANES
 from workers.heart import survive
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ async def _close(
     return closed, books.Outcome(
         state=end["state"],
         log=events.pack_log(closed),
+        message=text_message(closed) if end["state"] == CANCELLED else None,
         error_code=error["code"],
         error_message=error["message"],
     )

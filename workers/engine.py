@@ -17,15 +17,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from backchannel import books, events, faults, lifecycle
 from backchannel.bus import Stream
 from backchannel.db import Work
-from backchannel.errors import UNWELL, BackchannelError, ProviderError, Unavailable
+from backchannel.errors import UNWELL, BackchannelError, ProviderError, Unavailable, falls_back
 from backchannel.events import end_fields
-from backchannel.lifecycle import Claim
+from backchannel.lifecycle import Ask, Claim
 from backchannel.pricing import Tokens, price
 from backchannel.registry import Provider
 from backchannel.settings import Settings
 from backchannel.tables import CANCELLED, EXPIRED, FAILED, SUCCEEDED
 from workers.answer import Answer
 from workers.circuit import Circuit, Passage
+from workers.fallback import first_model, may_pass, next_model
 from workers.process import Process
 from workers.providers import ChatRequest, Finish, adapter_for
 
@@ -176,6 +177,8 @@ class Run:
             # the database stayed away before the call: not the job's fault
             return await self._after_stop("handed_back")
         except BackchannelError as error:
+            if (ask := next_model(self.claim, error)) is not None:
+                return await self._fall_back(error, ask)
             return await self._finish(FAILED, error_code=error.code, error_message=error.message)
         except _Stopped as stopped:
             return await self._after_stop(stopped.reason)
@@ -259,20 +262,16 @@ class Run:
             circuit = self._circuit
             if error.code in UNWELL and circuit and not circuit.blames(claim.job_id):
                 error.excuse(circuit.wait_s())
+        ask = None
+        if claim.fallbacks and not self.answer.begun:
+            if (ask := next_model(claim, error)) is not None:
+                return await self._fall_back(error, ask)
+            ask = first_model(claim) if await self._may_begin_again(error) else None
         left_s = self._expires - time.monotonic()
         delay_s = retry_delay_s(error, claim, self.process.settings, left_s)
         if delay_s is None:
             return await self._finish(FAILED, error_code=error.code, error_message=error.message)
-        assert self.stream is not None
-        self.stream.add(
-            events.RETRYING,
-            attempt=claim.attempt,
-            code=error.code,
-            message=error.message,
-            delay_ms=int(delay_s * 1000),
-        )
-        # sent before the job is free: the next attempt may begin at once, and fences this one off
-        await self.process.publisher.try_flush()
+        await self._say_retrying(error, delay_s)
         spent = self._spent(complete=False)
         kept = await self._write(
             lambda c: lifecycle.retry_later(
@@ -283,9 +282,51 @@ class Run:
                 error_code=error.code,
                 error_message=error.message,
                 spent=spent,
+                ask=ask,
             )
         )
         return self._report(f"retrying after {error.code}", spent) if kept else None
+
+    async def _say_retrying(self, error: BackchannelError, delay_s: float) -> None:
+        assert self.stream is not None
+        self.stream.add(
+            events.RETRYING,
+            attempt=self.claim.attempt,
+            code=error.code,
+            message=error.message,
+            delay_ms=int(delay_s * 1000),
+        )
+        # sent before the job is free: the next attempt may begin at once, and fences this one off
+        await self.process.publisher.try_flush()
+
+    async def _fall_back(self, error: BackchannelError, ask: Ask) -> Report | None:
+        """Leave the job to its next model, at once."""
+        await self._say_retrying(error, 0)
+        spent = self._spent(complete=False)
+        bell = await self._write(
+            lambda c: lifecycle.fall_back(
+                c, self.claim, ask, error_code=error.code, error_message=error.message, spent=spent
+            )
+        )
+        if bell is None:
+            return None
+        await self.process.ring(bell)
+        return self._report(f"falling back after {error.code}", spent)
+
+    async def _may_begin_again(self, error: ProviderError) -> bool:
+        """Whether the job, of whose models none has answered, goes on with its first one.
+
+        By the usual rules of a retry. What the last one said for good is not the last word, if
+        another of them said "later".
+        """
+        if error.retryable or not falls_back(error):
+            return error.retryable
+        met: set[str] = set()
+        with contextlib.suppress(Unavailable):
+            met = await self.process.persist(lambda c: lifecycle.errors_met(c, self.claim.job_id))
+        if may_pass(met):
+            error.policy = error.policy._replace(retryable=True)
+        return error.policy.retryable
 
     async def _after_stop(self, reason: End) -> Report | None:
         match reason:

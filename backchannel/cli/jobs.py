@@ -101,10 +101,12 @@ def _show(job: dict[str, Any], as_json: bool) -> None:
     facts: list[tuple[str, object]] = [
         (name, job.get(name))
         for name in (
-            "id", "state", "model", "model_reason", "lane", "session", "parent_id", "created_at",
-            "started_at", "finished_at", "attempt", "retries", "crashes", "finish_reason",
+            "id", "state", "model", "model_reason", "fallback_from", "lane", "session",
+            "turns_dropped", "interrupted_by", "parent_id", "created_at", "started_at",
+            "finished_at", "attempt", "retries", "crashes", "finish_reason",
         )
     ]  # fmt: skip
+    facts.insert(4, ("fallbacks", ", ".join(job["fallbacks"])))
     facts += [("metadata", ", ".join(f"{k}={v}" for k, v in job["metadata"].items()))]
     if usage := job["usage"]:
         facts += [

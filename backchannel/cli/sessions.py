@@ -64,9 +64,13 @@ def show(
     if as_json:
         show_json(session)
         return
-    line(f"{session['id']}  {session['model']}  {session['title'] or ''}".rstrip())
+    rule = session["model_rule"]
+    model = f"{session['model']} (by {rule})" if rule else session["model"]
+    line(f"{session['id']}  {model}  {session['title'] or ''}".rstrip())
     for message in session["messages"]:
-        who = message["role"] + (f" ({message['model']})" if message.get("model") else "")
+        marks = [message["model"], "interrupted" if message["interrupted"] else None]
+        said = ", ".join(mark for mark in marks if mark)
+        who = message["role"] + (f" ({said})" if said else "")
         content = message["content"]
         text = content if isinstance(content, str) else "" if content is None else str(content)
         line(f"\n{who}:\n{text}")

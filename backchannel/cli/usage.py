@@ -12,7 +12,7 @@ Examples:
   backchannel usage --by model
   backchannel usage --by provider --by day --since 2026-11-01T00:00:00Z --json
 """
-GROUPS = ("model", "provider", "session", "lane", "day")
+GROUPS = ("model", "model_reason", "provider", "session", "lane", "day")
 
 
 def usage(

@@ -14,7 +14,13 @@ from api.response_events import ResponseEvents, finished_response
 from backchannel.errors import Unavailable
 from backchannel.events import Event, encode, end_fields
 
-HEAD: dict[str, Any] = {"id": "resp_1", "status": "queued", "output": [], "usage": None}
+HEAD: dict[str, Any] = {
+    "id": "resp_1",
+    "status": "queued",
+    "output": [],
+    "usage": None,
+    "model": "m",
+}
 USAGE = {
     "input_tokens": 9, "cached_tokens": 4, "cache_write_tokens": 2, "output_tokens": 3,
     "reasoning_tokens": 1, "cost_usd": 0.5,
@@ -23,6 +29,7 @@ USAGE = {
 Said = tuple[str, dict[str, Any]]
 STARTED: Said = ("started", {"attempt": 1, "model": "m"})
 RESET: Said = ("reset", {"attempt": 2, "model": "m"})
+FALLBACK: Said = ("reset", {"attempt": 2, "model": "other"})
 
 
 def delta(text: str) -> Said:
@@ -115,6 +122,12 @@ def test_a_restart_closes_the_item_as_incomplete_and_is_no_part_of_the_answer() 
     texts = [e["text"] for e in events if e["type"] == "response.output_text.done"]
     assert texts == ["whole"]
     assert events[-1]["response"]["output"] == [done[1]]
+
+
+def test_a_fallback_answers_under_its_own_name() -> None:
+    heard = told(STARTED, FALLBACK, delta("a"), end())
+    models = [event["response"]["model"] for event in heard if "response" in event]
+    assert models == ["m", "m", "other"]
 
 
 def test_a_restart_before_the_first_piece_is_silent() -> None:

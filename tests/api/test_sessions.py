@@ -38,7 +38,10 @@ async def test_a_session_begins_with_its_model_or_the_default_one(
         "id": plain["id"],
         "object": "session",
         "model": "echo:echo-1",
+        "model_rule": None,
         "model_version": 1,
+        "double_texting": "enqueue",
+        "history": None,
         "title": None,
         "system": None,
         "metadata": {},
@@ -180,3 +183,103 @@ async def test_somebody_else_s_session_is_not_there(
         assert answer.json()["error"]["code"] == "not_found"
     assert makers.everything(database) == before
     assert (await client.get("/v1/sessions")).json()["data"] == []
+
+
+# ---------------------------------------------------------------- how much is told
+
+
+async def test_the_oldest_turns_are_left_out_when_the_budget_of_the_model_is_spent(
+    client: httpx2.AsyncClient, play: Play
+) -> None:
+    budget = {"max_tokens": 10_000, "models": {"echo:small": 60}}
+    session = await begin(client, system="Be brief.", history=budget)
+    assert session["history"] == budget
+    for number in range(4):
+        job = await turn(client, session["id"], prompt=f"number {number} " + "x" * 40)
+        await play.run(job["id"])
+    whole = await turn(client, session["id"], prompt="And?")
+    attempt = await play.start(whole["id"])
+    assert len(attempt.claim.messages) == 1 + 4 * 2 + 1
+    await attempt.finish()
+    assert (await client.get(f"/v1/jobs/{whole['id']}")).json()["turns_dropped"] == 0
+
+    small = await turn(client, session["id"], model="echo:small", prompt="And now?")
+    attempt = await play.start(small["id"])
+    said = [message["content"] for message in attempt.claim.messages]
+    assert said[0] == "Be brief."
+    assert said[1].startswith("number 3 ")
+    assert said[2:] == ["Hello.", "And?", "Hello.", "And now?"]
+    await attempt.finish()
+    assert (await client.get(f"/v1/jobs/{small['id']}")).json()["turns_dropped"] == 3
+
+    changed = await client.patch(f"/v1/sessions/{session['id']}", json={"history": None})
+    assert changed.json()["history"] is None
+    free = await turn(client, session["id"])
+    assert len((await play.start(free["id"])).claim.messages) == 1 + 6 * 2 + 1
+    assert (await client.get(f"/v1/jobs/{free['id']}")).json()["turns_dropped"] is None
+    kept = (await client.get(f"/v1/sessions/{session['id']}")).json()["messages"]
+    assert len(kept) == 6 * 2 + 1, "what is not told is not forgotten"
+
+
+@pytest.mark.parametrize(
+    ("history", "param"),
+    [
+        ({"max_tokens": 0}, "history.max_tokens"),
+        ({"max_tokens": "9"}, "history.max_tokens"),
+        ({"models": {"echo:echo-1": -1}}, "history.models.echo:echo-1"),
+        ({"turns": 3}, "history.turns"),
+    ],
+)
+async def test_a_budget_that_is_none_is_refused(
+    client: httpx2.AsyncClient, history: dict[str, Any], param: str
+) -> None:
+    answer = await client.post("/v1/sessions", json={"history": history})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+# ---------------------------------------------------------------- a rule in place of a model
+
+
+@pytest.mark.usefixtures("tiers")
+async def test_a_session_of_auto_chooses_for_every_turn(client: httpx2.AsyncClient) -> None:
+    session = await begin(client, model="auto")
+    assert (session["model"], session["model_rule"]) == ("echo:usual", "auto")
+    short = await turn(client, session["id"])
+    assert (short["model"], short["requested_model"]) == ("echo:quick", None)
+    assert short["model_reason"] == (
+        "the session's auto: fast, because it is short and plain; first available is echo"
+    )
+    assert short["fallbacks"] == ["echo:second"]
+    long = await turn(client, session["id"], prompt="x" * 80_000)
+    assert (long["model"], long["fallbacks"]) == ("echo:strong", [])
+    # the history counts too
+    again = await turn(client, session["id"])
+    assert (again["model"], again["model_reason"][:38]) == (
+        "echo:strong",
+        "the session's auto: powerful, because ",
+    )
+    address = f"/v1/sessions/{session['id']}"
+    now = (await client.get(address)).json()
+    assert (now["model"], now["model_rule"], now["model_version"]) == ("echo:strong", "auto", 3)
+
+    fixed = (await client.patch(address, json={"model": "echo:fixed"})).json()
+    assert (fixed["model"], fixed["model_rule"]) == ("echo:fixed", None)
+    job = await turn(client, session["id"])
+    assert (job["model"], job["model_reason"]) == ("echo:fixed", "the session's model")
+    job = await turn(client, session["id"], model="tier:fast")
+    assert (job["model"], job["fallbacks"]) == ("echo:quick", ["echo:second"])
+    job = await turn(client, session["id"], fallbacks=["echo:third"])
+    assert (job["model"], job["fallbacks"]) == ("echo:quick", ["echo:third"])
+    assert job["model_reason"] == "the session's 'tier:fast'; first available is echo"
+    assert (await client.get(address)).json()["model_rule"] == "tier:fast"
+
+
+@pytest.fixture
+def tiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiers that need no key."""
+    for tier, models in {
+        "FAST": '["echo:quick", "echo:second"]',
+        "BALANCED": '["echo:usual"]',
+        "POWERFUL": '["groq:none", "echo:strong"]',
+    }.items():
+        monkeypatch.setenv(f"BACKCHANNEL_TIERS__{tier}", models)

@@ -86,6 +86,28 @@ def test_what_cannot_be_asked_is_named(endpoint: str, body: dict[str, Any], para
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "body"), [(CHAT, {"messages": MESSAGES}), (RESPONSES, {"input": "Hi"})]
+)
+def test_a_line_may_have_fallbacks_and_name_a_tier(
+    endpoint: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = {"x_backchannel": {"fallbacks": ["ollama:x", "groq:no-key"]}}
+    asked = ask(endpoint, {"model": "echo"} | body | ours)
+    assert (asked.resolved.id, asked.fallbacks) == ("echo:echo-1", ["ollama:x"])
+    monkeypatch.setenv("BACKCHANNEL_TIERS__FAST", '["groq:none", "ollama:x", "echo:quick"]')
+    asked = ask(endpoint, {"model": "auto"} | body)
+    assert (asked.resolved.id, asked.fallbacks) == ("ollama:x", ["echo:quick"])
+    line = SimpleNamespace(id="batch_1", caller="local", endpoint=endpoint, left_ms=1_000)
+    raw = json.dumps({"body": {"model": "tier:fast"} | body}).encode()
+    registry = build_registry(Settings())
+    made = batch_input.job_of_line(line, raw, batch_input.Head(1, "a"), registry)
+    assert (made.provider, made.model, made.fallbacks) == ("ollama", "x", ["echo:quick"])
+    assert made.model_reason == (
+        "'tier:fast'; first available is ollama; skipped groq:none (no key)"
+    )
+
+
 def test_a_response_s_body_becomes_a_chat() -> None:
     asked = ask(
         RESPONSES,

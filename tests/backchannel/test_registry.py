@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from backchannel.errors import InvalidRequest, ProviderKeyMissing, ProviderNotFound
-from backchannel.registry import ALIASES, PROVIDER_ID, Registry, get_registry
+from backchannel.registry import PROVIDER_ID, Registry, get_registry
 from backchannel.settings import get_settings
 
 KEYS = {
@@ -98,32 +98,6 @@ def test_a_key_in_our_own_variable_is_enough(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("provider_id", ["ollama", "lmstudio", "echo"])
 def test_what_needs_no_key_is_always_available(provider_id: str) -> None:
     assert get_registry().resolve(provider_id).provider.id == provider_id
-
-
-# ---------------------------------------------------------------- aliases
-
-
-@pytest.mark.parametrize("alias", ALIASES)
-def test_an_alias_takes_the_first_whose_key_is_there_and_says_why(
-    alias: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for candidate in reversed(ALIASES[alias]):
-        provider_id = candidate.partition(":")[0]
-        monkeypatch.setenv(KEYS[provider_id], "key")
-        resolved = get_registry().resolve(alias)
-        assert resolved.id == candidate
-        assert resolved.reason == f"'{alias}': first available is {provider_id}"
-
-
-def test_an_alias_without_any_key_names_them_all() -> None:
-    with pytest.raises(ProviderKeyMissing) as error:
-        get_registry().resolve("fast")
-    assert all(variable in error.value.message for variable in KEYS.values())
-
-
-def test_aliases_name_registered_providers_only() -> None:
-    known = set(get_registry().providers)
-    assert {each.partition(":")[0] for line in ALIASES.values() for each in line} <= known
 
 
 # ---------------------------------------------------------------- the registry itself
