@@ -204,6 +204,7 @@ def _check_input(connection: Connection, new: NewBatch) -> None:
 
 async def _dry_run(its: Resources, new: NewBatch) -> Batch:
     await its.db.read(lambda c: _check_input(c, new))
+    await its.roster.refresh()
     found = await estimate(its.db, its.registry, new.input_file_id, new.endpoint)
     row = await its.db.read(lambda c: c.execute(select(NOW.label("now_ms"))).one())
     return Batch(

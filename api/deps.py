@@ -19,7 +19,8 @@ from backchannel.db import Database, migrate
 from backchannel.errors import InvalidRequest, TooLarge, Unavailable
 from backchannel.pubsub import Listener, connect
 from backchannel.queue import Ringer
-from backchannel.registry import Registry, build_registry
+from backchannel.registry import Registry
+from backchannel.roster import Roster
 from backchannel.schemas import decode
 from backchannel.settings import Settings
 
@@ -29,13 +30,18 @@ class Resources:
     """What one API process owns."""
 
     settings: Settings
-    registry: Registry
+    roster: Roster
     db: Database
     redis: Redis
     listener: Listener
     ringer: Ringer
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def registry(self) -> Registry:
+        """The providers as this process knows them now; `roster.resolve` looks again."""
+        return self.roster.registry
 
     @property
     def prefix(self) -> str:
@@ -70,7 +76,11 @@ async def open_resources(settings: Settings, stack: AsyncExitStack) -> Resources
     stack.push_async_callback(listener.close)
     ringer = Ringer(redis, settings.redis_prefix)
     stack.push_async_callback(ringer.close)
-    its = Resources(settings, build_registry(settings), db, redis, listener, ringer)
+    roster = Roster(settings, db)
+    await roster.refresh()
+    following = roster.follow(listener, settings.redis_prefix)
+    stack.push_async_callback(end, asyncio.create_task(following, name="providers-follower"))
+    its = Resources(settings, roster, db, redis, listener, ringer)
     stack.push_async_callback(its.close)
     return its
 

@@ -148,7 +148,18 @@ async def checked(
     told = messages
     if model == AUTO and asked.session is not None:
         told = [*await _said(its, caller, asked.session), *messages]
-    choice = choose(its.registry, model, told, parameters, asked.fallbacks, system=asked.system)
+    choice = await its.roster.answer(
+        (model, *(asked.fallbacks or ())),
+        lambda registry: choose(
+            registry,
+            model,
+            told,
+            parameters,
+            asked.fallbacks,
+            system=asked.system,
+            force=asked.force,
+        ),
+    )
     resolved, reason = choice.resolved, choice.resolved.reason
     if model != asked.model:
         own = "the session's model"
@@ -229,7 +240,12 @@ async def retry_job(
     if not row.messages:
         raise Conflict(f"Job {job_id} was deleted: nobody knows what it asked.", code="deleted")
     first = row.fallback_from or f"{row.provider}:{row.model}"
-    choice = choose(its.registry, first, row.messages, row.parameters, row.fallbacks)
+    choice = await its.roster.answer(
+        (first, *(row.fallbacks or ())),
+        lambda registry: choose(
+            registry, first, row.messages, row.parameters, row.fallbacks, force=True
+        ),
+    )
     new = NewJob(
         caller=caller,
         lane=row.lane,

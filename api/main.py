@@ -27,6 +27,7 @@ from api import (
     jobs,
     messages,
     models,
+    provider_tries,
     providers,
     responses,
     sessions,
@@ -67,8 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(jobs.direct)  # the first is found the soonest
     for module in (
-        jobs, files, batches, sessions, chat, responses, messages, models, usage, providers, health,
-        webhooks, deliveries,
+        jobs, files, batches, sessions, chat, responses, messages, models, usage, providers,
+        provider_tries, webhooks, deliveries, health,
     ):  # fmt: skip
         app.include_router(module.router)
     app.add_exception_handler(BackchannelError, _refused)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 
 from api.deps import Caller, IdempotencyKey, Shared, StrictRoute
 from api.estimate import ModelEstimate
@@ -31,10 +31,13 @@ async def create_message(
     response: Response,
     key: IdempotencyKey = None,
     leaving_cancels: LeavingCancels = False,
+    force: Annotated[
+        bool, Header(alias="x-backchannel-force", description="As `force` of a job.")
+    ] = False,
 ) -> Response | dict[str, Any]:
     """Answer a message, as soon as its job is done; or stream it."""
     order = CreateJob.model_construct(
-        model=asked.model, parameters=parameters_of(asked), stream=asked.stream
+        model=asked.model, parameters=parameters_of(asked), stream=asked.stream, force=force
     )
     sent = asked.model_dump(exclude_unset=True)
     with naming(NAMES):

@@ -17,6 +17,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"], route_class=StrictRoute
 @router.get("")
 async def list_models(its: Shared) -> dict[str, Any]:
     """The models of every provider that could be asked now, and the tiers that lead to one."""
+    await its.roster.refresh()
     return {"object": "list", "data": _offered(its.registry)}
 
 
@@ -25,7 +26,7 @@ async def list_models(its: Shared) -> dict[str, Any]:
 async def get_model(model: str, its: Shared) -> dict[str, Any]:
     """A model that a request may name; whether the provider has it only the provider knows."""
     try:
-        resolved = its.registry.resolve(model)
+        resolved = await its.roster.resolve(model)
     except InvalidRequest as error:
         raise NotFound(error.message, code="model_not_found", param="model") from None
     return _shown(model, resolved.provider.id)

@@ -1,42 +1,101 @@
-"""Providers: who could answer, with which models, and whether a key is there. Never the key."""
+"""Providers: who could answer, with which models; adding and changing one's own. Never a key."""
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import socket
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, select
 
-from api.deps import Shared, StrictRoute
-from backchannel.errors import NotFound
+from api.deps import Resources, Shared, StrictRoute
+from backchannel import custom_providers, roster
+from backchannel.db import now_ms
+from backchannel.errors import InvalidRequest, NotFound
+from backchannel.provider_input import EditProvider, NewProvider
 from backchannel.registry import Provider, Registry
+from backchannel.tables import workers
 
 router = APIRouter(prefix="/v1/providers", tags=["providers"], route_class=StrictRoute)
+
+T = TypeVar("T")
+
+
+class ResetProviders(BaseModel):
+    """That it is meant."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    confirm: bool
+
+
+# ---------------------------------------------------------------- look
 
 
 @router.get("")
 async def list_providers(its: Shared) -> dict[str, Any]:
-    """Every provider, available or not."""
-    found = its.registry.providers.values()
-    return {"object": "list", "data": [_shown(each, its.registry) for each in found]}
+    """Every provider, available or not, and which process runs with which version of the list."""
+    await its.roster.refresh()
+    registry = its.registry
+    return {
+        "object": "list",
+        "data": [_shown(each, registry) for each in registry.providers.values()]
+        + [_set_aside(each, why) for each, why in registry.set_aside.items()],
+        "version": registry.version,
+        "processes": [
+            _itself(registry),
+            *await its.db.read(lambda c: live_workers(c, its.settings.lease_s)),
+        ],
+    }
 
 
 @router.get("/{provider_id}")
 async def get_provider(provider_id: str, its: Shared) -> dict[str, Any]:
     """One provider."""
-    if provider_id not in its.registry.providers:
+    await its.roster.refresh()
+    return _find(its.registry, provider_id)
+
+
+def _find(registry: Registry, provider_id: str) -> dict[str, Any]:
+    if provider_id in registry.set_aside.keys() - registry.providers.keys():
+        return _set_aside(provider_id, registry.set_aside[provider_id])
+    return _shown(known(registry, provider_id), registry)
+
+
+def known(registry: Registry, provider_id: str) -> Provider:
+    """The provider with this id.
+
+    Raises:
+        NotFound: There is none.
+    """
+    if provider_id not in registry.providers:
         raise NotFound(f"There is no provider '{provider_id}'.")
-    return _shown(its.registry.providers[provider_id], its.registry)
+    return registry.providers[provider_id]
+
+
+_REASONS = {
+    "settings": "its key is set",
+    "environment": "its key is set",
+    "file": "its key is in a file",
+    "stored": "its key is stored",
+}
 
 
 def _shown(provider: Provider, registry: Registry) -> dict[str, Any]:
-    available = registry.key_present(provider)
-    if not provider.needs_key:
+    source = registry.key_source(provider)
+    if source is not None:
+        reason = _REASONS[source]
+    elif not provider.needs_key:
         reason = "needs no key"
-    elif available:
-        reason = "its key is set"
-    else:
+    elif provider.key_env:
         reason = f"no key: set {provider.key_env}"
+    else:
+        reason = f"no key: type backchannel keys set {provider.id}"
     return {
         "id": provider.id,
         "object": "provider",
@@ -46,7 +105,104 @@ def _shown(provider: Provider, registry: Registry) -> dict[str, Any]:
         "default_model": provider.default_model,
         "models": list(provider.models),
         "capabilities": asdict(provider.capabilities),
-        "available": available,
+        "prices": {
+            model: {k: None if v is None else float(v) for k, v in each}
+            for model, each in provider.prices.items()
+        },
+        "needs_key": provider.needs_key,
+        "key": source,
+        "allow_loopback": provider.allow_loopback,
+        "max_tokens_field": provider.max_tokens_field,
+        "reports_stream_usage": provider.reports_stream_usage,
+        "available": registry.key_present(provider),
         "reason": reason,
         "builtin": provider.builtin,
     }
+
+
+def _set_aside(provider_id: str, why: str) -> dict[str, Any]:
+    return {
+        "id": provider_id,
+        "object": "provider",
+        "available": False,
+        "reason": f"set aside: {why}",
+        "builtin": False,
+    }
+
+
+def _itself(registry: Registry) -> dict[str, Any]:
+    return {
+        "kind": "api",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "version": registry.version,
+    }
+
+
+def live_workers(connection: Connection, lease_s: float) -> list[dict[str, Any]]:
+    """The worker processes that had a heartbeat lately, and the version each runs with."""
+    alive = workers.c.seen_ms > now_ms() - int(lease_s * 1000)
+    rows = connection.execute(select(workers).where(alive).order_by(workers.c.started_ms))
+    return [
+        {"kind": "worker", "host": row.host, "pid": row.pid, "version": row.registry_version}
+        for row in rows
+    ]
+
+
+# ---------------------------------------------------------------- change
+
+
+@router.post("", status_code=201)
+async def add_provider(asked: NewProvider, request: Request, its: Shared) -> dict[str, Any]:
+    """Add a provider; every process knows it before its next job."""
+    _check_loopback(asked.allow_loopback, request)
+    provider_id = await _change(its, lambda c: custom_providers.add(c, asked, its.settings))
+    return _find(its.registry, provider_id)
+
+
+@router.patch("/{provider_id}")
+async def edit_provider(
+    provider_id: str, asked: EditProvider, request: Request, its: Shared
+) -> dict[str, Any]:
+    """Change a provider; what is left out stays, and running answers finish as they began."""
+    _check_loopback(asked.allow_loopback, request)
+    await _change(its, lambda c: custom_providers.edit(c, provider_id, asked, its.settings))
+    return _find(its.registry, provider_id)
+
+
+@router.delete("/{provider_id}")
+async def remove_provider(provider_id: str, its: Shared) -> dict[str, Any]:
+    """Remove a provider and its stored key."""
+    await _change(its, lambda c: custom_providers.remove(c, provider_id))
+    return {"id": provider_id, "object": "provider.deleted", "deleted": True}
+
+
+@router.post("/reset")
+async def reset_providers(asked: ResetProviders, its: Shared) -> dict[str, Any]:
+    """Remove every provider that was added, with its stored key; the built-in ones stay."""
+    if not asked.confirm:
+        raise InvalidRequest("Nothing was removed: confirm is false.", param="confirm")
+    removed = await _change(its, custom_providers.reset)
+    return {"object": "provider.reset", "removed": removed}
+
+
+async def _change(its: Resources, work: Callable[[Connection], T]) -> T:
+    done = await its.db.write(work)
+    await its.roster.refresh()
+    await roster.hint(its.redis, its.prefix)
+    return done
+
+
+def _check_loopback(wanted: bool | None, request: Request) -> None:
+    """The one rule of who may point this machine at itself: who is on it already."""
+    if wanted and not _is_here(request):
+        raise InvalidRequest(
+            "allow_loopback is only for who asks from the same machine.", param="allow_loopback"
+        )
+
+
+def _is_here(request: Request) -> bool:
+    try:
+        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False

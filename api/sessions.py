@@ -32,7 +32,7 @@ async def create_session(
     asked: CreateSession, its: Shared, caller: Caller, response: Response
 ) -> Session:
     """Begin a conversation."""
-    resolved = its.registry.resolve(asked.model)
+    resolved = await its.roster.resolve(asked.model)
     session_id = new_id("session")
     values = {
         "id": session_id,
@@ -117,7 +117,7 @@ async def change_session(
     if "history" in asked.model_fields_set:
         values["history"] = _limits(asked)
     if asked.model is not None:
-        values |= _switch(its, asked.model)
+        values |= await _switch(its, asked.model)
 
     def write(connection: Connection) -> Session:
         connection.execute(update(sessions).where(*_own(caller, session_id)).values(values))
@@ -126,8 +126,8 @@ async def change_session(
     return await its.db.write(write)
 
 
-def _switch(its: Resources, model: str) -> dict[str, Any]:
-    to = its.registry.resolve(model)
+async def _switch(its: Resources, model: str) -> dict[str, Any]:
+    to = await its.roster.resolve(model)
     same = and_(sessions.c.provider == to.provider.id, sessions.c.model == to.model)
     return {
         "provider": to.provider.id,

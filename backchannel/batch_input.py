@@ -120,7 +120,7 @@ _NOT_IN_A_LINE = {
     "background": "all of a batch is done in the background",
     "previous_response_id": "lines are answered in any order",
 }
-_OURS_IN_A_LINE = {"fallbacks"}  # of x_backchannel
+_OURS_IN_A_LINE = {"fallbacks", "force"}  # of x_backchannel
 
 
 class Asked(NamedTuple):
@@ -147,15 +147,23 @@ def ask(endpoint: str, raw: bytes, registry: Registry) -> Asked:
     ours = body.get("x_backchannel")
     if isinstance(ours, dict) and ours.keys() - _OURS_IN_A_LINE:
         raise UnsupportedParameter(
-            "x_backchannel of a line may hold fallbacks only: lane, session and deadline are those "
-            "of the batch.",
+            "x_backchannel of a line may hold fallbacks and force: lane, session and deadline are "
+            "those of the batch.",
             param="x_backchannel",
         )
     form = validated(_FORMS[endpoint], body)
     with naming(form.NAMES):
         order, messages = form.order(), form.chat()
         asked, fallbacks = order.parameters or {}, order.fallbacks
-        choice = choose(registry, order.model, messages, asked, fallbacks, system=order.system)
+        choice = choose(
+            registry,
+            order.model,
+            messages,
+            asked,
+            fallbacks,
+            system=order.system,
+            force=order.force,
+        )
     return Asked(form, order, messages, choice.resolved, choice.parameters, choice.fallbacks)
 
 

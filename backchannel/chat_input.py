@@ -100,6 +100,7 @@ class CreateChat(BaseModel):
             lane=ours.lane,
             deadline_s=ours.deadline_s,
             fallbacks=ours.fallbacks,
+            force=ours.force,
             metadata=self.metadata,
             parameters=self.model_extra,
             stream=bool(self.stream),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from backchannel import auto
+from backchannel.capabilities import check_capabilities
 from backchannel.errors import InvalidRequest, ProviderKeyMissing, UnsupportedParameter
 from backchannel.parameters import check_parameters
-from backchannel.registry import NAMED, Provider, Registry, Resolved
+from backchannel.registry import NAMED, Registry, Resolved
 from backchannel.tiers import AUTO, NAMES, Tier, tier_of
 
 Message = dict[str, Any]
@@ -32,6 +33,7 @@ def choose(
     fallbacks: Sequence[str] | None = None,
     *,
     system: str | None = None,
+    force: bool = False,
 ) -> Choice:
     """Choose the models of a request.
 
@@ -42,10 +44,16 @@ def choose(
 
     Args:
         messages: All that is told, the history of a session included.
+        force: Ask models that are not known to be able to answer, too.
 
     Raises:
         InvalidRequest: ``param`` is ``model``, ``fallbacks`` or a parameter.
     """
+
+    def check(resolved: Resolved) -> None:
+        if not force:
+            check_capabilities(registry, resolved, messages, parameters)
+
     asked = name or registry.default_model
     tier = None if asked == AUTO else tier_of(asked)
     if asked == AUTO or tier is not None:
@@ -53,16 +61,19 @@ def choose(
         if tier is None:
             tier, why = auto.choose(request)
             named = f"auto: {tier}, because {why}"
-        found = _of_tier(registry, tier, named, request, parameters)
+        found = _of_tier(registry, tier, named, request, parameters, force)
         kept = check_parameters(parameters, found[0].provider)
-        others = found[1:] if fallbacks is None else _named(registry, fallbacks, kept)
+        others = found[1:] if fallbacks is None else _named(registry, fallbacks, kept, check)
         return Choice(found[0], kept, _ids(found[0], others), asked)
     if not fallbacks:
         resolved = registry.resolve(name)
-        return Choice(resolved, check_parameters(parameters, resolved.provider), None, None)
+        kept = check_parameters(parameters, resolved.provider)
+        check(resolved)
+        return Choice(resolved, kept, None, None)
     first = registry.place(asked, NAMED if name else "the default model")
     kept = check_parameters(parameters, first.provider)
-    able = _named(registry, fallbacks, kept)
+    check(first)
+    able = _named(registry, fallbacks, kept, check)
     if registry.key_present(first.provider):
         return Choice(first, kept, _ids(first, able), None)
     if not able:
@@ -72,7 +83,12 @@ def choose(
 
 
 def _of_tier(
-    registry: Registry, tier: Tier, named: str, request: auto.Features, parameters: dict[str, Any]
+    registry: Registry,
+    tier: Tier,
+    named: str,
+    request: auto.Features,
+    parameters: dict[str, Any],
+    force: bool,
 ) -> list[Resolved]:
     """The tier's models that can answer the request.
 
@@ -81,11 +97,11 @@ def _of_tier(
     """
     refused: list[UnsupportedParameter] = []
 
-    def unfit(provider: Provider) -> str | None:
-        if (lacking := lacks(provider, request)) is not None:
+    def unfit(resolved: Resolved) -> str | None:
+        if not force and (lacking := lacks(resolved, request)) is not None:
             return lacking
         try:
-            check_parameters(parameters, provider)
+            check_parameters(parameters, resolved.provider)
         except UnsupportedParameter as error:
             refused.append(error)
             return f"cannot honour {(error.param or '').removeprefix('parameters.')}"
@@ -99,9 +115,9 @@ def _of_tier(
         raise
 
 
-def lacks(provider: Provider, request: auto.Features) -> str | None:
-    """What a request needs and a provider has not."""
-    has = provider.capabilities
+def lacks(resolved: Resolved, request: auto.Features) -> str | None:
+    """What a request needs and a model has not."""
+    has = resolved.provider.can(resolved.model)
     if request.images and not has.multimodal:
         return "no images"
     if request.tools and not has.tools:
@@ -112,7 +128,10 @@ def lacks(provider: Provider, request: auto.Features) -> str | None:
 
 
 def _named(
-    registry: Registry, fallbacks: Sequence[str], parameters: dict[str, Any]
+    registry: Registry,
+    fallbacks: Sequence[str],
+    parameters: dict[str, Any],
+    check: Callable[[Resolved], None],
 ) -> list[Resolved]:
     """The fallbacks that have a key."""
     found: list[Resolved] = []
@@ -122,6 +141,7 @@ def _named(
                 raise InvalidRequest("only models can be fallbacks, and this is a list of them.")
             resolved = registry.place(name, "")
             check_parameters(parameters, resolved.provider)
+            check(resolved)
         except InvalidRequest as error:
             message = f"Fallback '{name}': {error.message}"
             raise type(error)(message, code=error.code, param="fallbacks") from None

@@ -4,7 +4,8 @@ BackchannelError
 ├── InvalidRequest            400  what was sent cannot be a job
 │   ├── ProviderNotFound      400  the model names a provider nobody registered
 │   ├── ProviderKeyMissing    400  the provider needs a key that is not set
-│   └── UnsupportedParameter  400  a parameter this provider cannot honour
+│   ├── UnsupportedParameter  400  a parameter this provider cannot honour
+│   └── CapabilityMissing     400  images, a schema or tools for a model not known to take them
 ├── NotFound                  404  no such thing, or somebody else's
 ├── Conflict                  409  the state of things does not allow it
 ├── TooLarge                  413  over a documented cap
@@ -74,6 +75,12 @@ class UnsupportedParameter(InvalidRequest):
     """A parameter that the chosen provider cannot honour; refused rather than dropped."""
 
     code = "unsupported_parameter"
+
+
+class CapabilityMissing(InvalidRequest):
+    """The model is not known for something that the request needs."""
+
+    code = "capability_missing"
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ from backchannel.books import (
 from backchannel.db import at_end, in_bulk, now_ms
 from backchannel.events import END, encode, end_fields, pack_log
 from backchannel.history import Message, Turn, budget_of, fit
+from backchannel.stored_keys import PROVIDERS_VERSION
 from backchannel.tables import (
     CANCELLED,
     EXPIRED,
@@ -147,6 +148,7 @@ class Claim:
     model_reason: str = ""
     fallbacks: list[str] | None = None
     fallback_from: str | None = None
+    registry_version: int = 0  # of the providers, at this moment
 
     @property
     def fence(self) -> dict[str, Any]:
@@ -195,6 +197,8 @@ _CLAIM = (
         _asked(requests.c.instructions),
         _asked(requests.c.messages),
         _asked(requests.c.parameters),
+        # in here it is no statement of its own, and no claim is older than what it says
+        PROVIDERS_VERSION.label("registry_version"),
     )
 )
 _BEGIN_ATTEMPTS = in_bulk(insert(attempts).values(started_ms=NOW))
@@ -312,11 +316,13 @@ class Beat(NamedTuple):
 
 
 def heartbeat(
-    connection: Connection, owner: str, held: list[str], lease_s: float
+    connection: Connection, owner: str, held: list[str], lease_s: float, registry_version: int = 0
 ) -> dict[str, Beat]:
     """Renew the leases of one process in one statement; what is missing from the answer is lost."""
     connection.execute(
-        update(workers).where(workers.c.owner == owner).values(seen_ms=NOW, in_flight=len(held))
+        update(workers)
+        .where(workers.c.owner == owner)
+        .values(seen_ms=NOW, in_flight=len(held), registry_version=registry_version)
     )
     if not held:
         return {}

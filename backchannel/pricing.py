@@ -36,13 +36,19 @@ class Price(NamedTuple):
 def price(provider: Provider, model: str, tokens: Tokens) -> Price:
     """The cost of one call at today's price.
 
-    A provider without a price list (Ollama, LM Studio, echo) costs 0 per token; a model that its
-    price list does not know has the price None, never 0.
+    A built-in provider without a price list (Ollama, LM Studio, echo) costs 0 per token; a model
+    that its price list does not know, or a custom provider without a price for it, has the price
+    None, never 0.
     """
     today = datetime.now(UTC).date().isoformat()
     own = get_settings().prices.get(f"{provider.id}:{model}")
     if own is not None:
         return Price(_own_price(own, tokens), f"{today} settings")
+    declared = provider.prices.get(model) or provider.prices.get("*")
+    if declared is not None:
+        return Price(_own_price(declared, tokens), f"{today} {provider.id}")
+    if not provider.builtin:
+        return Price(None, f"{today} no price")
     if provider.price_provider is None:
         return Price(0, f"{today} free")
     from genai_prices import Usage, __version__, calc_price

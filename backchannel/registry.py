@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from backchannel.errors import InvalidRequest, ProviderKeyMissing, ProviderNotFound, SetupError
-from backchannel.settings import Settings, get_settings
-from backchannel.tiers import AUTO, DEFAULT_TIERS, USUAL, Tier, tier_of
-from backchannel.vault import provider_key
+from backchannel.settings import PriceSettings, Settings, get_settings
+from backchannel.tiers import AUTO, DEFAULT_TIERS, NAMES, USUAL, Tier, tier_of
+from backchannel.vault import Source, source_of, variable
 
 ProviderType = Literal["anthropic", "openai-compatible", "echo"]
 PROVIDER_ID = re.compile(r"^[a-z0-9-]+$")
@@ -39,7 +39,10 @@ class Provider:
         max_tokens_field: What a compatible server calls the cap on output tokens.
         reports_stream_usage: Whether it takes ``stream_options.include_usage``.
         colons_in_models: Whether its model names contain colons (Ollama tags, OpenAI's ``ft:…``).
-        price_provider: Its name in genai-prices; None where running costs nothing per token.
+        price_provider: Its name in genai-prices; None where a built-in one costs nothing per token.
+        limited: What some of its models can, where that is less than the provider can.
+        prices: Per model, ``*`` for any other: what whoever added the provider says it costs.
+        allow_loopback: A custom one may be on this machine.
     """
 
     id: str
@@ -51,11 +54,18 @@ class Provider:
     key_env: str | None = None
     needs_key: bool = True
     capabilities: Capabilities = field(default_factory=Capabilities)
+    limited: Mapping[str, Capabilities] = field(default_factory=dict, hash=False)
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     reports_stream_usage: bool = True
     colons_in_models: bool = False
     price_provider: str | None = None
+    prices: Mapping[str, PriceSettings] = field(default_factory=dict, hash=False)
+    allow_loopback: bool = False
     builtin: bool = True
+
+    def can(self, model: str) -> Capabilities:
+        """What requests to one of its models may contain."""
+        return self.limited.get(model, self.capabilities)
 
 
 BUILT_IN: tuple[Provider, ...] = (
@@ -90,6 +100,12 @@ BUILT_IN: tuple[Provider, ...] = (
         default_model="llama-3.3-70b-versatile",
         models=("llama-3.3-70b-versatile", "llama-3.1-8b-instant", "openai/gpt-oss-120b"),
         key_env="GROQ_API_KEY",
+        # https://console.groq.com/docs: its llama-3 models read no images and know no schemas
+        limited={
+            "llama-3.3-70b-versatile": Capabilities(structured_output=False, multimodal=False),
+            "llama-3.1-8b-instant": Capabilities(structured_output=False, multimodal=False),
+            "openai/gpt-oss-120b": Capabilities(multimodal=False),
+        },
         max_tokens_field="max_completion_tokens",
         price_provider="groq",
     ),
@@ -151,10 +167,27 @@ class Resolved:
 
 
 class Registry:
-    """The providers one process knows. Immutable: a change builds a new one."""
+    """The providers one process knows. Immutable: a change builds a new one.
 
-    def __init__(self, providers: Iterable[Provider], settings: Settings) -> None:
+    Args:
+        version: Of the table of providers that is in it.
+        stored: The ids with a stored key, and the version it was set with.
+        set_aside: The ids of rows that cannot be used, and why.
+    """
+
+    def __init__(
+        self,
+        providers: Iterable[Provider],
+        settings: Settings,
+        *,
+        version: int = 0,
+        stored: Mapping[str, int] | None = None,
+        set_aside: Mapping[str, str] | None = None,
+    ) -> None:
         self.providers: Mapping[str, Provider] = {each.id: each for each in providers}
+        self.version = version
+        self.stored = stored or {}
+        self.set_aside = set_aside or {}
         self._settings = settings
 
     def get(self, provider_id: str) -> Provider:
@@ -166,6 +199,12 @@ class Registry:
         try:
             return self.providers[provider_id]
         except KeyError:
+            if provider_id in self.set_aside:
+                raise ProviderNotFound(
+                    f"Provider '{provider_id}' is set aside: {self.set_aside[provider_id]} Correct "
+                    f"it: backchannel providers edit {provider_id}",
+                    param="model",
+                ) from None
             known = ", ".join(sorted(self.providers))
             raise ProviderNotFound(
                 f"There is no provider '{provider_id}'. Known providers: {known}.", param="model"
@@ -173,7 +212,15 @@ class Registry:
 
     def key_present(self, provider: Provider) -> bool:
         """Whether a call could be authorised. Never returns the key itself."""
-        return not provider.needs_key or provider_key(provider, self._settings) is not None
+        return not provider.needs_key or self.key_source(provider) is not None
+
+    def key_source(self, provider: Provider) -> Source | None:
+        """Where a provider's key is taken from; None if there is none."""
+        return source_of(provider, self._settings, self.stored)
+
+    def knows(self, name: str | None) -> bool:
+        """Whether a name says which provider is meant; a bare name may be that of a new one."""
+        return not name or name in NAMES or name.partition(":")[0] in self.providers
 
     def resolve(self, name: str | None) -> Resolved:
         """Turn what a caller wrote into a provider and its model name.
@@ -204,10 +251,11 @@ class Registry:
 
     def key_missing(self, provider: Provider) -> ProviderKeyMissing:
         """The error that says which key to set."""
-        variable = provider.key_env or _variable(provider.id, "API_KEY")
+        name = provider.key_env or variable(provider.id, "API_KEY")
         return ProviderKeyMissing(
-            f"Provider '{provider.id}' has no key. Set {variable} where the API and the "
-            "workers start, or use the offline model 'echo:echo-1'.",
+            f"Provider '{provider.id}' has no key. Set {name} where the API and the workers "
+            f"start, type: backchannel keys set {provider.id}, or use the offline model "
+            "'echo:echo-1'.",
             param="model",
         )
 
@@ -220,8 +268,8 @@ class Registry:
         if asked != asked.strip() or not asked:
             raise InvalidRequest("A model name has no spaces around it.", param="model")
         left, colon, right = asked.partition(":")
-        if left in self.providers:
-            provider = self.providers[left]
+        if left in self.providers or left in self.set_aside:
+            provider = self.get(left)
             return Resolved(provider, right or provider.default_model, why)
         provider = self.get(self._settings.default_provider)
         if colon and not provider.colons_in_models:
@@ -234,13 +282,13 @@ class Registry:
         return Resolved(provider, asked, f"{why}; a bare name goes to {provider.id}")
 
     def of_tier(
-        self, tier: Tier, named: str, unfit: Callable[[Provider], str | None] = lambda _: None
+        self, tier: Tier, named: str, unfit: Callable[[Resolved], str | None] = lambda _: None
     ) -> list[Resolved]:
         """The models of a tier that could be asked now, in order; the reason names the others.
 
         Args:
             named: What the reason begins with: how the tier came to be asked for.
-            unfit: Why a provider cannot answer this request; None if it can.
+            unfit: Why a model cannot answer this request; None if it can.
 
         Raises:
             ProviderKeyMissing: There are none.
@@ -253,7 +301,7 @@ class Registry:
                 skipped.append(f"{name} (no such provider)")
                 continue
             able = self.key_present(resolved.provider)
-            if (why := unfit(resolved.provider) if able else "no key") is None:
+            if (why := unfit(resolved) if able else "no key") is None:
                 found.append(resolved)
             elif not found:
                 skipped.append(f"{resolved.id} ({why})")
@@ -273,28 +321,32 @@ class Registry:
 _TIERS = "BACKCHANNEL_TIERS__"
 
 
-def _variable(provider_id: str, field_name: str) -> str:
-    return f"BACKCHANNEL_PROVIDERS__{provider_id.upper().replace('-', '_')}__{field_name}"
+def built_in(settings: Settings) -> list[Provider]:
+    """The built-in providers with the operator's base URLs.
+
+    Raises:
+        SetupError: The settings give a base URL to a provider that is not built in.
+    """
+    ids = {provider.id for provider in BUILT_IN}
+    moved = {name: own.base_url for name, own in settings.providers.items() if own.base_url}
+    if unknown := moved.keys() - ids:
+        known = ", ".join(sorted(ids))
+        raise SetupError(
+            f"{variable(min(unknown), 'BASE_URL')} names no built-in provider. Those are: {known}. "
+            "One of your own is added by: backchannel providers add"
+        )
+    return [
+        replace(each, base_url=moved[each.id]) if each.id in moved else each for each in BUILT_IN
+    ]
 
 
 def build_registry(settings: Settings) -> Registry:
-    """The built-in providers with the operator's base URLs.
+    """The registry before anybody has added a provider.
 
     Raises:
         SetupError: The settings name a provider that is not there.
     """
-    providers = []
-    if unknown := settings.providers.keys() - {provider.id for provider in BUILT_IN}:
-        known = ", ".join(sorted(provider.id for provider in BUILT_IN))
-        raise SetupError(
-            f"{_variable(min(unknown), 'BASE_URL')} names no provider. Known are: {known}."
-        )
-    for provider in BUILT_IN:
-        override = settings.providers.get(provider.id)
-        if override is not None and override.base_url:
-            provider = replace(provider, base_url=override.base_url)
-        providers.append(provider)
-    return Registry(providers, settings)
+    return Registry(built_in(settings), settings)
 
 
 _registry: tuple[int, Registry] | None = None

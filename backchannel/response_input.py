@@ -90,6 +90,7 @@ class CreateResponse(NullsAreNotGiven):
             lane=ours.lane,
             deadline_s=ours.deadline_s,
             fallbacks=ours.fallbacks,
+            force=ours.force,
             metadata=self.metadata,
             parameters=_parameters_of(self),
         )

@@ -121,7 +121,8 @@ def not_valid(faults: list[tuple[str, Mapping[str, Any]]]) -> InvalidRequest:
         case "missing":
             why = "it is missing." if place else "the request needs a JSON body."
         case _:
-            why = f"{each['msg'][:1].lower()}{each['msg'][1:]}."
+            said = each["msg"].removeprefix("Value error, ")  # of a check of ours
+            why = f"{said[:1].lower()}{said[1:]}."
     return InvalidRequest(f"{place or 'The body'}: {why}", param=place or None)
 
 
@@ -237,6 +238,9 @@ class CreateJob(_Request):
     metadata: Metadata | None = None
     stream: bool = Field(True, description="False: nobody will watch the text arrive.")
     deadline_s: float | None = Field(None, gt=0, description="Seconds until the job expires.")
+    force: bool = Field(
+        False, description="True: send images, a schema or tools whatever the model is known for."
+    )
 
     def chat(self) -> list[dict[str, Any]]:
         """The messages this asks to be answered, as they were sent.
@@ -260,6 +264,7 @@ class Ours(_Request):
     session: str | None = None
     deadline_s: float | None = Field(None, gt=0)
     fallbacks: Fallbacks | None = None
+    force: bool = False
 
 
 def check_message(message: Message, place: str) -> None:

@@ -1,9 +1,15 @@
-"""Secrets at rest: sealed for the database with the installation's master key, and opened again."""
+"""Secrets at rest: sealed with the master key, from the environment or a file only its owner reads.
+
+Fernet (https://github.com/fernet/spec): AES-128-CBC with HMAC-SHA256. Of several master keys the
+first seals and all open, so one can be replaced while the rest is sealed again.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,76 +17,84 @@ from backchannel.errors import SetupError
 from backchannel.settings import Settings
 
 if TYPE_CHECKING:
-    from cryptography.fernet import Fernet
+    from cryptography.fernet import MultiFernet
 
 FILE = "master.key"
+MAKE_ONE = "openssl rand -base64 32 | tr '+/' '-_'"
 
 
 def seal(settings: Settings, text: str) -> bytes:
-    """Encrypt a secret with the newest master key.
+    """The text, readable with the master key only; the first use makes the key's file.
 
     Raises:
-        SetupError: The master key cannot be used.
+        SetupError: The master key is not one.
     """
-    from cryptography.fernet import MultiFernet
-
-    return MultiFernet(_keys(settings, make=True)).encrypt(text.encode())
+    return _keys(settings, make=True).encrypt(text.encode())
 
 
 def unseal(settings: Settings, data: bytes) -> str:
-    """Decrypt a secret with whichever master key it was sealed with.
+    """What was sealed.
 
     Raises:
-        SetupError: It was sealed with a key that is not here.
+        SetupError: There is no master key here, or it is not the one that sealed this.
     """
-    from cryptography.fernet import InvalidToken, MultiFernet
+    from cryptography.fernet import InvalidToken
 
     try:
-        return MultiFernet(_keys(settings, make=False)).decrypt(bytes(data)).decode()
-    except InvalidToken as error:
+        return _keys(settings, make=False).decrypt(data).decode()
+    except InvalidToken:
         raise SetupError(
-            "A secret in the database was sealed with another master key. Give every process the "
-            f"same BACKCHANNEL_MASTER_KEY, or the same {FILE} in its home folder."
-        ) from error
+            "It was sealed with another master key. Give every worker, and the shell where keys "
+            "are set, the same BACKCHANNEL_MASTER_KEY, or store the key again."
+        ) from None
 
 
-def _keys(settings: Settings, *, make: bool) -> list[Fernet]:
+def _keys(settings: Settings, *, make: bool) -> MultiFernet:
+    from cryptography.fernet import Fernet, MultiFernet
+
+    file = settings.home_path / FILE
+    if settings.master_key is not None:
+        name, text = "BACKCHANNEL_MASTER_KEY", settings.master_key.get_secret_value()
+    else:
+        name, text = str(file), _read(file, make=make)
+    try:
+        return MultiFernet([Fernet(key.strip()) for key in text.split(",") if key.strip()])
+    except ValueError:
+        raise SetupError(
+            f"{name} is no master key: 32 random bytes in URL-safe base64. Make one: {MAKE_ONE}"
+        ) from None
+
+
+def _read(file: Path, *, make: bool) -> str:
+    if make and not file.exists():
+        _make(file)
+    try:
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & 0o077:
+            raise SetupError(f"{file} can be read by others. Type: chmod 600 {file}")
+        return file.read_text(encoding="ascii")
+    except FileNotFoundError:
+        raise SetupError(
+            f"There is no master key: neither BACKCHANNEL_MASTER_KEY nor {file}. Set the one that "
+            "the keys were stored with."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"The master key {file} cannot be read: {error}") from None
+
+
+def _make(file: Path) -> None:
     from cryptography.fernet import Fernet
 
-    text = settings.master_key.get_secret_value() or _of_file(settings.home_path / FILE, make)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # written aside and linked: a process that looks meanwhile sees no file or the whole of it, and
+    # of two that make one at once the first stays
+    descriptor, draft = tempfile.mkstemp(prefix=f"{FILE}.", dir=file.parent)  # mode 0600
     try:
-        return [Fernet(key.strip()) for key in text.split(",")]
-    except ValueError as error:
-        raise SetupError(
-            f"The master key (BACKCHANNEL_MASTER_KEY, or {FILE} in the home folder) is not 32 "
-            "bytes in URL-safe base64. Make one: openssl rand -base64 32 | tr +/ -_"
-        ) from error
-
-
-def _of_file(path: Path, make: bool) -> str:
-    if make and not path.exists():
-        _make(path)
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        raise SetupError(
-            f"There is no master key: {path} cannot be read. Set BACKCHANNEL_MASTER_KEY to the one "
-            "that the database's secrets were sealed with."
-        ) from error
-
-
-def _make(path: Path) -> None:
-    from cryptography.fernet import Fernet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{FILE}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(Fernet.generate_key())
-            file.flush()
-            os.fsync(file.fileno())
-        # a link appears with its whole content, and not over one that another process made
+        with os.fdopen(descriptor, "wb") as writing:
+            writing.write(Fernet.generate_key())
+            writing.flush()
+            os.fsync(writing.fileno())
         with contextlib.suppress(FileExistsError):
-            os.link(part, path)
+            os.link(draft, file)
     finally:
-        part.unlink(missing_ok=True)
+        os.unlink(draft)

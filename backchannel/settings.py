@@ -21,10 +21,11 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]+")
 
 
 class ProviderSettings(BaseModel):
-    """Of one provider: ``BACKCHANNEL_PROVIDERS__<ID>__BASE_URL`` and ``…__API_KEY``."""
+    """Of one provider: ``BACKCHANNEL_PROVIDERS__<ID>__BASE_URL``, ``…__API_KEY`` and the like."""
 
     base_url: str | None = None
     api_key: SecretStr | None = None
+    api_key_file: Path | None = None
 
 
 class PriceSettings(BaseModel):
@@ -65,6 +66,12 @@ class Settings(BaseSettings):
     providers: dict[str, ProviderSettings] = Field(
         default_factory=dict, description="Base URL and key per provider id."
     )
+    master_key: SecretStr | None = Field(
+        None,
+        description="Opens the secrets in the database: stored keys, and what signs webhooks. "
+        "Fernet keys; several, with commas: the first seals, all open. Unset: a file in the home "
+        "folder, made at first use.",
+    )
     prices: dict[str, PriceSettings] = Field(
         default_factory=dict,
         description="Own prices by provider:model, as JSON; they go before the price list.",
@@ -73,11 +80,6 @@ class Settings(BaseSettings):
         "",
         description="Hosts that webhooks and custom providers may reach although they are not "
         "public https: host, host:port, address, network or loopback, with commas.",
-    )
-    master_key: SecretStr = Field(
-        SecretStr(""),
-        description="Fernet keys for the secrets in the database, with commas, the newest first. "
-        "Empty: the file master.key of the home folder, made at first use.",
     )
     tiers: dict[Tier, list[str]] = Field(
         default_factory=dict,

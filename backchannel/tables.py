@@ -454,6 +454,48 @@ class Delivery(SQLModel, table=True):
     ended_ms: int | None = _big(null=True)
 
 
+class CustomProvider(SQLModel, table=True):
+    """A provider that somebody added; read through `backchannel.custom_providers`, which checks."""
+
+    __tablename__ = "providers"
+
+    id: str = Field(primary_key=True)
+    name: str
+    type: str
+    base_url: str
+    default_model: str
+    models: list[str] = Field(sa_column=Column(JSON, nullable=False))
+    capabilities: dict[str, bool] = Field(sa_column=Column(JSON, nullable=False))
+    prices: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    needs_key: bool = False
+    allow_loopback: bool = False  # it was added on this machine, where loopback means the same
+    max_tokens_field: str
+    reports_stream_usage: bool = True
+    created_ms: int = _big()
+    updated_ms: int = _big()
+
+
+class Secret(SQLModel, table=True):
+    """A key, sealed: only a process with the master key can read it."""
+
+    __tablename__ = "secrets"
+
+    name: str = Field(primary_key=True)  # provider:<id>
+    sealed: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    version: int = _big()  # of the providers, when it was last set
+    created_ms: int = _big()
+    updated_ms: int = _big()
+
+
+class Version(SQLModel, table=True):
+    """How often something has changed that every process keeps a copy of."""
+
+    __tablename__ = "versions"
+
+    name: str = Field(primary_key=True)  # providers
+    version: int = _big()
+
+
 class Worker(SQLModel, table=True):
     """A worker process and its last heartbeat: how many slots there are, and who is alive."""
 
@@ -464,6 +506,9 @@ class Worker(SQLModel, table=True):
     pid: int
     slots: int
     in_flight: int = 0
+    registry_version: int = Field(  # of the providers it runs with
+        default=0, sa_column=Column(BigInteger, nullable=False, server_default="0")
+    )
     started_ms: int = _big()
     seen_ms: int = _big(index=True)
 
@@ -482,4 +527,7 @@ batches: Table = Batch.__table__  # type: ignore[attr-defined]
 batch_lines: Table = BatchLine.__table__  # type: ignore[attr-defined]
 webhooks: Table = Webhook.__table__  # type: ignore[attr-defined]
 deliveries: Table = Delivery.__table__  # type: ignore[attr-defined]
+providers: Table = CustomProvider.__table__  # type: ignore[attr-defined]
+secrets: Table = Secret.__table__  # type: ignore[attr-defined]
+versions: Table = Version.__table__  # type: ignore[attr-defined]
 workers: Table = Worker.__table__  # type: ignore[attr-defined]

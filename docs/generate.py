@@ -15,6 +15,7 @@ PREFIX = "BACKCHANNEL_"
 ABOUT = {  # the one field whose entries are variables of their own
     "base_url": "Root of a provider's API, for a server of your own or a gateway before it.",
     "api_key": "A provider's key; goes before its well-known variable.",
+    "api_key_file": "A file that holds the key, as a mounted secret; a new one is read at once.",
 }
 
 HEAD = """\
@@ -32,9 +33,11 @@ line read the same ones: on several machines, give them the same values.
 KEYS = """
 ## Providers' keys
 
-A key is looked for in `BACKCHANNEL_PROVIDERS__<ID>__API_KEY`, then in the provider's well-known
-variable. Workers use it; the API only needs to know that it is there, to refuse a job nobody could
-do, so set it for both. `<ID>` is the id in capitals.
+A key is looked for in `BACKCHANNEL_PROVIDERS__<ID>__API_KEY`, in the file of `…__API_KEY_FILE`, in
+the provider's well-known variable, then among those stored by `backchannel keys set`. Workers use
+it; the API only needs to know that it is there, to refuse a job nobody could do, so set it for
+both.
+`<ID>` is the id in capitals, with `_` for `-`; the ids of [your own providers](providers.md) too.
 
 | Provider | Well-known variable | Base URL |
 | --- | --- | --- |
@@ -69,7 +72,7 @@ def variables() -> Iterator[tuple[str, str, str]]:
 
 def _spelled(default: object) -> str:
     """A default as it would stand in the environment; empty where there is none."""
-    if default in ("", {}):
+    if default in ("", {}, [], None):
         return ""
     if isinstance(default, bool):
         return str(default).lower()

@@ -20,7 +20,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]
 )
 FOLDERS = ("api", "backchannel", "workers", "tests", "docs", "examples", ".ci")
-PARAMETER = re.compile(r"\{\w+\}|(?:(?:job|session|batch)_|file-)…")
+PARAMETER = re.compile(r"\{\w+\}|(?:(?:job|session|batch)_|file-)…|(?<=/providers/)gateway")
 
 
 def name_of(page: Path) -> str:

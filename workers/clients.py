@@ -8,19 +8,21 @@ import importlib
 import ssl
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import aiohttp
 import httpx2
 
+from backchannel.egress import AllowedHosts, guarded_connector
 from backchannel.errors import ProviderKeyMissing
 from backchannel.registry import Provider
 from backchannel.settings import Settings
-from backchannel.vault import provider_key
 from workers.circuit import Circuit
 from workers.endpoint import Endpoint
+from workers.keys import Keys
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
@@ -72,6 +74,7 @@ class ClientCache:
     """
 
     def __init__(self, settings: Settings, max_clients: int = MAX_CLIENTS) -> None:
+        self.keys = Keys(settings)
         self._settings = settings
         self._max_clients = max_clients
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
@@ -117,7 +120,10 @@ class ClientCache:
 
         It outlives its client, which may be evicted while nobody calls, and needs no SDK.
         """
-        key = _key(provider, provider_key(provider, self._settings) or NO_KEY)
+        secret = None
+        with suppress(ProviderKeyMissing):  # the call itself says so
+            secret = self.keys.get(provider)
+        key = _key(provider, secret or NO_KEY)
         if key not in self._circuits:
             name = f"Provider '{provider.id}' at {provider.base_url}"
             settings = self._settings
@@ -154,22 +160,24 @@ class ClientCache:
     def _entry(self, provider: Provider) -> _Entry | None:
         if provider.type == "echo":
             return None
-        secret = provider_key(provider, self._settings)
-        if secret is None and provider.needs_key:
-            raise ProviderKeyMissing(
-                f"Provider '{provider.id}' has no key. Set "
-                f"{provider.key_env or 'its key'} where the workers start.",
-                param="model",
-            )
-        secret = secret or NO_KEY
+        secret = self.keys.get(provider) or NO_KEY
         key = _key(provider, secret)
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = _Entry(_endpoint(provider, secret))
+            entry = self._entries[key] = _Entry(self._make(provider, secret))
             while len(self._entries) > self._max_clients:
                 self._retire(next(iter(self._entries)))
         self._entries.move_to_end(key)
         return entry
+
+    def _make(self, provider: Provider, secret: str) -> Endpoint:
+        http = _http(provider.type)
+        if not provider.builtin:
+            allowed = AllowedHosts.parse(self._settings.egress_allow)
+            _guard(http, allowed, loopback=provider.allow_loopback)
+        if provider.type == "anthropic":
+            return Endpoint(_anthropic(provider.base_url, secret, http), http, "/v1/messages")
+        return Endpoint(_openai(provider.base_url, secret, http), http, "/chat/completions")
 
     def _retire(self, key: _Key) -> None:
         entry = self._entries.pop(key)
@@ -184,16 +192,14 @@ class ClientCache:
             await entry.client.close()
 
 
-def _endpoint(provider: Provider, key: str) -> Endpoint:
-    if provider.type == "anthropic":
+def _http(kind: str) -> httpx2.AsyncClient:
+    if kind == "anthropic":
         from anthropic import DefaultAioHttpClient as AnthropicHttp
 
-        http = AnthropicHttp(**_transport())
-        return Endpoint(_anthropic(provider.base_url, key, http), http, "/v1/messages")
+        return AnthropicHttp(**_transport())
     from openai import DefaultAioHttpClient as OpenAIHttp
 
-    http = OpenAIHttp(**_transport())
-    return Endpoint(_openai(provider.base_url, key, http), http, "/chat/completions")
+    return OpenAIHttp(**_transport())
 
 
 def _openai(base_url: str, key: str, http: httpx2.AsyncClient) -> AsyncOpenAI:
@@ -227,6 +233,23 @@ def _anthropic(base_url: str, key: str, http: httpx2.AsyncClient) -> AsyncAnthro
     )
     client._custom_headers = {}  # ANTHROPIC_CUSTOM_HEADERS, as above
     return client
+
+
+def _guard(http: httpx2.AsyncClient, allowed: AllowedHosts, *, loopback: bool) -> None:
+    """Have a client connect where a custom provider may be, and nowhere else."""
+
+    def session() -> aiohttp.ClientSession:
+        connector = guarded_connector(
+            allowed,
+            loopback=loopback,
+            limit=MAX_CONNECTIONS,
+            keepalive_timeout=KEEP_ALIVE_S,
+            ssl=_tls(),
+        )
+        return aiohttp.ClientSession(connector=connector)
+
+    transport: Any = http._transport
+    transport.client = session  # asked at the first request, as the transport would make its own
 
 
 def _timeout() -> httpx2.Timeout:

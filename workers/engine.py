@@ -193,6 +193,8 @@ class Run:
     async def _call(self) -> Finish:
         """Get the client, put the call on record, make it, and take its events as they come."""
         clients = self.process.clients
+        if self.claim.registry_version != self.process.registry.version:
+            await self.process.roster.refresh()
         self.provider = provider = self.process.registry.get(self.claim.provider)
         self._circuit = clients.circuit(provider)
         with self._circuit.passage(self.claim.job_id) as passage:

@@ -87,9 +87,10 @@ async def beat(process: Process) -> None:
     held = dict(process.runs)
     job_ids = [job_id for job_id, _ in held]
     lease_s, young_s = process.settings.lease_s, process.settings.heartbeat_s
+    version = process.roster.registry.version
 
     def write(connection: Connection) -> tuple[dict[str, lifecycle.Beat], int]:
-        beats = lifecycle.heartbeat(connection, process.owner, job_ids, lease_s)
+        beats = lifecycle.heartbeat(connection, process.owner, job_ids, lease_s, version)
         return beats, lifecycle.hand_back_strays(connection, process.owner, held, lease_s - young_s)
 
     beats, strays = await process.db.write(write)

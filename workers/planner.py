@@ -167,6 +167,7 @@ async def _plan(process: Process, batch: Any, room: int) -> bool:
         return heads, files.chunk_with(connection, batch.input_file_id, heads[0].line)
 
     heads, chunk = await process.db.read(read)
+    await process.roster.refresh()
     assert chunk is not None, "a file is not deleted before its batch has ended"
     new, refused = await asyncio.to_thread(_jobs_of, process, batch, heads, chunk)
     last = heads[len(new) + len(refused) - 1].line

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import stamina
 import uvloop
 
-from backchannel import lifecycle
+from backchannel import custom_providers, lifecycle, stored_keys
 from backchannel.background import end
 from backchannel.books import Doorbell
 from backchannel.bus import Publisher
@@ -26,9 +26,10 @@ from backchannel.db import Database, Work
 from backchannel.errors import Unavailable
 from backchannel.pubsub import OUTAGE, Listener, connect
 from backchannel.queue import ring
-from backchannel.registry import get_registry
+from backchannel.registry import Registry
+from backchannel.roster import Roster
 from backchannel.settings import Settings, get_settings
-from workers import caretaker, heart, planner, webhooks
+from workers import caretaker, errands, heart, planner, webhooks
 from workers.clients import ClientCache
 from workers.watchdog import Watchdog
 
@@ -99,9 +100,10 @@ class Process:
         stack.callback(self.db.close)
         self.redis = connect(settings.redis)
         stack.push_async_callback(self.redis.aclose)
-        self.registry = get_registry()
         self.clients = ClientCache(settings)
         stack.push_async_callback(self.clients.aclose)
+        self.roster = Roster(settings, self.db, self._change_providers)
+        await self.roster.refresh()
         self.publisher = Publisher(self.redis, settings.redis_prefix)
         stack.push_async_callback(self.publisher.close)
         self.listener = Listener(self.redis, f"{settings.redis_prefix}cancel")
@@ -117,6 +119,8 @@ class Process:
         self.pulse = heart.Pulse(settings)
         for name, habit in (
             *heart.habits(self),
+            *errands.habits(self),
+            ("providers-follower", self.roster.follow(self.listener, settings.redis_prefix)),
             *caretaker.habits(self),
             *planner.habits(self),
             *webhooks.habits(self),
@@ -144,6 +148,18 @@ class Process:
             with attempt:
                 return await self.db.write(work)
         raise AssertionError("unreachable")
+
+    @property
+    def registry(self) -> Registry:
+        """The providers as this process knows them now."""
+        return self.roster.registry
+
+    async def _change_providers(self, old: Registry, new: Registry) -> None:
+        """Open the stored keys, and let go of clients whose provider is another one now."""
+        if old.stored != new.stored:
+            self.clients.keys.take(await self.db.read(stored_keys.sealed))
+        for provider_id in custom_providers.changed(old, new):
+            await self.clients.reset(provider_id)
 
     async def ring(self, bell: Doorbell | None) -> None:
         """Ring for a job that may run now; the dispatcher does it if Redis will not."""

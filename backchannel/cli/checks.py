@@ -144,8 +144,16 @@ def _providers(settings: Settings, listed: dict[str, Any] | None) -> Iterator[Fi
             for each in registry.providers.values()
         ]  # fmt: skip
     for name, available, reason in known:
-        advice = "" if available else f"Type: {name.upper()}_API_KEY=… backchannel up"
+        advice = "" if available else _advice(name)
         yield Finding(name, available, False, reason, advice)
+
+
+def _advice(provider_id: str) -> str:
+    from backchannel.registry import BUILT_IN
+
+    if provider_id in {each.id for each in BUILT_IN}:
+        return f"Type: {provider_id.upper()}_API_KEY=… backchannel up"
+    return f"Type: backchannel providers show {provider_id}"
 
 
 def _ports() -> Iterator[Finding]:

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from backchannel import __version__
-from backchannel.cli import api, doctor, flower, providers, run, up, usage, worker
+from backchannel.cli import api, doctor, flower, run, up, usage, worker
 from backchannel.cli.jobs import jobs
+from backchannel.cli.keys import keys
+from backchannel.cli.providers import providers
 from backchannel.cli.screen import Failure, complain, show
 from backchannel.cli.sessions import sessions
 from backchannel.cli.webhooks import webhooks
@@ -33,7 +35,8 @@ app.add_typer(jobs, name="jobs")
 app.add_typer(sessions, name="sessions")
 app.add_typer(webhooks, name="webhooks")
 app.command(epilog=usage.EPILOGUE)(usage.usage)
-app.command(epilog=providers.EPILOGUE)(providers.providers)
+app.add_typer(providers, name="providers")
+app.add_typer(keys, name="keys")
 app.command(epilog=doctor.EPILOGUE)(doctor.doctor)
 
 

@@ -1,10 +1,10 @@
-"""Secrets at rest: one master key however many processes start, and any of several opens."""
+"""Secrets at rest: who has the master key reads them, nobody else does."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,59 +12,70 @@ from cryptography.fernet import Fernet
 from pydantic import SecretStr
 
 from backchannel.errors import SetupError
-from backchannel.sealed import seal, unseal
+from backchannel.sealed import FILE, seal, unseal
 from backchannel.settings import Settings
 
-ROOT = Path(__file__).parents[2]
+SECRET = "sk-canary-0123456789"
+OLD, NEW = Fernet.generate_key().decode(), Fernet.generate_key().decode()
 
 
-def with_keys(*keys: bytes) -> Settings:
-    return Settings(master_key=SecretStr(",".join(key.decode() for key in keys)))
+def settings(home: Path, *master: str) -> Settings:
+    return Settings(home=home, master_key=SecretStr(",".join(master)) if master else None)
 
 
-def test_the_key_of_the_home_folder_is_made_once_and_for_its_owner(tmp_path: Path) -> None:
-    settings = Settings(home=tmp_path / "home")
-    sealed = seal(settings, "whsec_ü")
-    assert b"whsec" not in sealed
-    assert unseal(settings, sealed) == "whsec_ü"
-    (file,) = (tmp_path / "home").iterdir()
-    assert file.name == "master.key"
-    assert file.stat().st_mode & 0o777 == 0o600
-    before = file.read_bytes()
-    assert unseal(settings, seal(settings, "again")) == "again"
-    assert file.read_bytes() == before
-    assert "whsec" not in repr(settings)
+def test_the_first_use_makes_a_key_that_only_its_owner_reads(tmp_path: Path) -> None:
+    here = settings(tmp_path / "new")
+    sealed = seal(here, SECRET)
+    assert SECRET.encode() not in sealed
+    assert unseal(here, sealed) == SECRET
+    file = tmp_path / "new" / FILE
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert os.listdir(file.parent) == [FILE]
 
 
-def test_processes_that_start_together_make_one_key(tmp_path: Path) -> None:
-    code = (
-        "from backchannel.sealed import seal; from backchannel.settings import Settings;"
-        "import sys; sys.stdin.read(); print(seal(Settings(), 'x').decode())"
-    )
-    env = {**os.environ, "BACKCHANNEL_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        for _ in range(4)
-    ]
-    sealed = [each.communicate()[0].strip() for each in processes]
-    assert [unseal(Settings(home=tmp_path), each) for each in sealed] == ["x"] * 4
-    assert [each.name for each in tmp_path.iterdir()] == ["master.key"]
+def test_of_many_that_make_one_at_once_all_have_the_same(tmp_path: Path) -> None:
+    here, sealed = settings(tmp_path), list[bytes]()
+    together = threading.Barrier(8)
+
+    def work() -> None:
+        together.wait()
+        sealed.append(seal(here, SECRET))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [unseal(here, each) for each in sealed] == [SECRET] * 8
 
 
-def test_a_key_is_rotated_by_putting_a_new_one_before_it() -> None:
-    old, new = Fernet.generate_key(), Fernet.generate_key()
-    sealed = seal(with_keys(old), "x")
-    assert unseal(with_keys(new, old), sealed) == "x"
-    assert Fernet(new).decrypt(seal(with_keys(new, old), "y")) == b"y"
+def test_the_first_of_several_seals_and_all_open(tmp_path: Path) -> None:
+    before = seal(settings(tmp_path, OLD), SECRET)
+    both = settings(tmp_path, NEW, OLD)
+    assert unseal(both, before) == SECRET
+    after = seal(both, SECRET)
+    assert unseal(settings(tmp_path, NEW), after) == SECRET
     with pytest.raises(SetupError, match="another master key"):
-        unseal(with_keys(new), sealed)
+        unseal(settings(tmp_path, OLD), after)
+    assert not (tmp_path / FILE).exists()
 
 
-def test_a_key_that_cannot_be_one_and_a_key_that_is_not_there_are_said(tmp_path: Path) -> None:
-    with pytest.raises(SetupError, match="openssl rand"):
-        seal(with_keys(b"short"), "x")
+def test_without_the_key_it_says_what_to_set(tmp_path: Path) -> None:
+    sealed = seal(settings(tmp_path, OLD), SECRET)
     with pytest.raises(SetupError, match="There is no master key"):
-        unseal(Settings(home=tmp_path), b"x")
-    assert list(tmp_path.iterdir()) == []
+        unseal(settings(tmp_path), sealed)
+    assert not (tmp_path / FILE).exists(), "reading makes no key"
+
+
+@pytest.mark.parametrize("wrong", ["", "secret", "a,b", "x" * 44])
+def test_what_is_no_key_is_refused_without_showing_it(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(SetupError, match="is no master key") as error:
+        seal(settings(tmp_path, wrong or ","), SECRET)
+    assert not wrong or wrong not in error.value.message
+
+
+def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    seal(settings(tmp_path), SECRET)
+    (tmp_path / FILE).chmod(0o640)
+    with pytest.raises(SetupError, match="chmod 600"):
+        seal(settings(tmp_path), SECRET)

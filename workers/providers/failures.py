@@ -17,7 +17,7 @@ import aiohttp
 import httpx2
 import msgspec
 
-from backchannel.errors import ProviderError
+from backchannel.errors import BackchannelError, ProviderError
 from backchannel.registry import Provider
 
 MESSAGE_CAP = 300  # characters of the provider's own words
@@ -155,6 +155,9 @@ def classify(error: Exception, provider: Provider) -> ProviderError | None:
     """What went wrong with a call, or None for what is no provider's fault but a bug of ours."""
     if isinstance(error, ProviderError):
         return error
+    for cause in _causes(error):
+        if isinstance(cause, BackchannelError):  # of the guard at the door: it was not called
+            return failure(provider.id, "invalid_request", f"is not called: {cause.message}")
     for kinds, code, what in NETWORK:
         for cause in _causes(error):
             if isinstance(cause, kinds):

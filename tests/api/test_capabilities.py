@@ -1,0 +1,116 @@
+"""Images, schemas and tools at every face: refused with a 400 that helps, unless forced."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from backchannel.batch_input import CHAT, ask
+from backchannel.errors import CapabilityMissing
+
+PICTURE = "https://example.com/cat.png"
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}}]}]
+SAY = [{"role": "user", "content": "Hi"}]
+MODEL = "plain:m"
+ALL = {"tools": True, "multimodal": True, "structured_output": True}
+
+FACES: dict[str, tuple[str, dict[str, Any]]] = {
+    "job with an image": ("/v1/jobs", {"messages": IMAGE}),
+    "job with a schema": ("/v1/jobs", {"messages": SAY, "parameters": {"response_format": SCHEMA}}),
+    "job with tools": ("/v1/jobs", {"messages": SAY, "parameters": {"tools": [TOOL]}}),
+    "chat": ("/v1/chat/completions", {"messages": IMAGE}),
+    "response": (
+        "/v1/responses",
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": PICTURE}]}]},
+    ),
+    "message": (
+        "/v1/messages",
+        {
+            "max_tokens": 9,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "source": {"type": "url", "url": PICTURE}}],
+                }
+            ],
+        },
+    ),
+}
+
+
+@pytest.fixture
+async def plain(client: httpx2.AsyncClient) -> httpx2.AsyncClient:
+    """The API, with a provider that can do nothing but text, and one that can do all."""
+    own = {"base_url": "https://llm.example.com/v1", "default_model": "m"}
+    for name, able in (("plain", {"tools": False}), ("seeing", ALL)):
+        body = {"name": name, "capabilities": able, **own}
+        assert (await client.post("/v1/providers", json=body)).status_code == 201
+    return client
+
+
+@pytest.mark.parametrize("face", FACES)
+async def test_each_face_refuses_by_name(plain: httpx2.AsyncClient, face: str) -> None:
+    path, body = FACES[face]
+    answer = await plain.post(path, json=body | {"model": MODEL})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert "is not known to take" in error["message"]
+    assert "Models that can: seeing:m." in error["message"]
+    assert "with force" in error["message"]
+    assert (await plain.get("/v1/jobs")).json()["data"] == []
+
+
+async def test_force_sends_it_all_the_same(plain: httpx2.AsyncClient) -> None:
+    background = {"background": True}
+    for face, extra in {
+        "job with an image": {"force": True},
+        "job with tools": {"force": True},
+        "response": background | {"x_backchannel": {"force": True}},
+    }.items():
+        path, body = FACES[face]
+        answer = await plain.post(path, json=body | extra | {"model": MODEL})
+        assert answer.is_success, answer.text
+    kinds = [each["model"] for each in (await plain.get("/v1/jobs")).json()["data"]]
+    assert kinds == [MODEL] * 3
+
+
+@pytest.mark.parametrize(
+    ("face", "extra", "headers"),
+    [
+        ("chat", {"x_backchannel": {"force": True}}, {}),
+        ("message", {}, {"x-backchannel-force": "true"}),
+    ],
+)
+async def test_force_on_the_faces_that_wait(
+    plain: httpx2.AsyncClient, face: str, extra: dict[str, Any], headers: dict[str, str]
+) -> None:
+    path, body = FACES[face]
+    asking = asyncio.create_task(
+        plain.post(path, json=body | extra | {"model": MODEL}, headers=headers)
+    )
+    for _ in range(200):  # it is accepted, and waits for an answer
+        if (await plain.get("/v1/jobs")).json()["data"]:
+            break
+        await asyncio.sleep(0.05)
+    else:
+        pytest.fail("it was not accepted")
+    asking.cancel()
+
+
+async def test_a_line_of_a_batch_is_refused_alone_and_may_be_forced(
+    plain: httpx2.AsyncClient,
+) -> None:
+    registry = plain._transport.app.state.resources.registry  # type: ignore[attr-defined]
+
+    def line(**extra: Any) -> bytes:
+        return json.dumps({"body": {"model": MODEL, "messages": IMAGE, **extra}}).encode()
+
+    with pytest.raises(CapabilityMissing):
+        ask(CHAT, line(), registry)
+    assert ask(CHAT, line(x_backchannel={"force": True}), registry).resolved.id == MODEL
