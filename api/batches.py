@@ -24,9 +24,13 @@ from backchannel.tables import BATCH_TERMINAL, CANCELLED, EXPIRED, FAILED, VALID
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=StrictRoute)
 
-_WINDOW = re.compile(r"(\d{1,5})([mhd])")
+# up to 43200m, 720h, 30d
+_WINDOW = re.compile(
+    r"(?:[1-9]\d{0,3}|[1-3]\d{4}|4[0-2]\d{3}|43[01]\d\d|43200)m"
+    r"|(?:[1-9]\d?|[1-6]\d\d|7[01]\d|720)h"
+    r"|(?:[1-9]|[12]\d|30)d"
+)
 _UNIT_S = {"m": 60, "h": 3_600, "d": 86_400}
-LONGEST_WINDOW_S = 30 * 86_400
 
 
 class OwnWishes(BaseModel):
@@ -43,8 +47,15 @@ class CreateBatch(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     input_file_id: str
-    endpoint: str = Field(description="/v1/chat/completions or /v1/responses.")
-    completion_window: str = Field("24h", description="24h, or minutes, hours or days: 90m, 7d.")
+    endpoint: str = Field(
+        description="/v1/chat/completions or /v1/responses.",
+        json_schema_extra={"enum": [*ENDPOINTS]},
+    )
+    completion_window: str = Field(
+        "24h",
+        description="24h, or minutes, hours or days: 90m, 7d.",
+        json_schema_extra={"pattern": f"^(?:{_WINDOW.pattern})$"},
+    )
     metadata: Metadata | None = None
     x_backchannel: OwnWishes | None = None
 
@@ -157,6 +168,7 @@ async def create_batch(
         request_hash=request_hash(asked.model_dump(exclude_unset=True)),
         meta=asked.metadata,
         idempotency_key=key,
+        models=caller.models,
     )
     if asked.x_backchannel is not None and asked.x_backchannel.dry_run:
         return await _dry_run(its, new)
@@ -172,14 +184,12 @@ async def create_batch(
 
 
 def _window_s(window: str) -> int:
-    found = _WINDOW.fullmatch(window)
-    seconds = int(found[1]) * _UNIT_S[found[2]] if found else 0
-    if not 0 < seconds <= LONGEST_WINDOW_S:
+    if not _WINDOW.fullmatch(window):
         raise InvalidRequest(
             "completion_window: 24h, or a number of minutes, hours or days up to 30d, as in 90m.",
             param="completion_window",
         )
-    return seconds
+    return int(window[:-1]) * _UNIT_S[window[-1]]
 
 
 def _create(connection: Connection, new: NewBatch) -> tuple[str, bool]:
@@ -192,12 +202,11 @@ def _create(connection: Connection, new: NewBatch) -> tuple[str, bool]:
 def _check_input(connection: Connection, new: NewBatch) -> None:
     row = files.find(connection, new.input_file_id, new.caller)
     if row is None or row.kind != files.INPUT:
-        raise InvalidRequest(
-            f"There is no uploaded file '{new.input_file_id}'.", param="input_file_id"
-        )
+        raise NotFound(f"There is no uploaded file '{new.input_file_id}'.", param="input_file_id")
     if row.purpose != "batch":
-        raise InvalidRequest(
+        raise Conflict(
             f"{row.id} has the purpose {row.purpose}: upload it with purpose batch.",
+            code="wrong_purpose",
             param="input_file_id",
         )
 
@@ -205,7 +214,7 @@ def _check_input(connection: Connection, new: NewBatch) -> None:
 async def _dry_run(its: Resources, new: NewBatch) -> Batch:
     await its.db.read(lambda c: _check_input(c, new))
     await its.roster.refresh()
-    found = await estimate(its.db, its.registry, new.input_file_id, new.endpoint)
+    found = await estimate(its.db, its.registry, new.input_file_id, new.endpoint, new.models)
     row = await its.db.read(lambda c: c.execute(select(NOW.label("now_ms"))).one())
     return Batch(
         id=new_id("batch_dry_run"),
@@ -251,6 +260,7 @@ async def retry_batch(
             meta=row.meta,
             idempotency_key=key,
             parent_id=batch_id,
+            models=caller.models,
         )
         child, created = _create(connection, new)
         return _read(connection, child, caller), created

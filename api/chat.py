@@ -12,6 +12,7 @@ from api.chat_chunks import Chunks
 from api.deps import Caller, IdempotencyKey, Shared, StrictRoute
 from api.faces import (
     FOUND,
+    STREAMED,
     Face,
     Found,
     LeavingCancels,
@@ -47,7 +48,7 @@ class UpdateChat(BaseModel):
 # ---------------------------------------------------------------- create
 
 
-@router.post("", response_model=None)
+@router.post("", response_model=None, responses=STREAMED)
 async def create_chat(
     asked: CreateChat,
     request: Request,

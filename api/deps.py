@@ -14,6 +14,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from redis.asyncio import Redis
 
+from api.auth import Gate, scope_of
+from backchannel import keys
 from backchannel.background import end
 from backchannel.db import Database, migrate
 from backchannel.errors import InvalidRequest, TooLarge, Unavailable
@@ -35,6 +37,7 @@ class Resources:
     redis: Redis
     listener: Listener
     ringer: Ringer
+    gate: Gate
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -65,8 +68,8 @@ async def _quietly(work: Coroutine[Any, Any, None]) -> None:
         await work
 
 
-async def open_resources(settings: Settings, stack: AsyncExitStack) -> Resources:
-    """Open what the process owns; the stack closes it, the last first."""
+async def open_resources(settings: Settings, stack: AsyncExitStack, host: str) -> Resources:
+    """Open what a process that listens on `host` owns; the stack closes it, the last first."""
     await asyncio.to_thread(migrate, settings.database)
     db = Database(settings.database, name="api")
     stack.callback(db.close)
@@ -80,7 +83,8 @@ async def open_resources(settings: Settings, stack: AsyncExitStack) -> Resources
     await roster.refresh()
     following = roster.follow(listener, settings.redis_prefix)
     stack.push_async_callback(end, asyncio.create_task(following, name="providers-follower"))
-    its = Resources(settings, roster, db, redis, listener, ringer)
+    gate = Gate(db, host, open_bind=settings.allow_open_bind)
+    its = Resources(settings, roster, db, redis, listener, ringer, gate)
     stack.push_async_callback(its.close)
     return its
 
@@ -90,13 +94,14 @@ async def _resources(request: Request) -> Resources:
     return shared
 
 
-async def _caller() -> str:
-    return "local"
+async def _caller(request: Request) -> keys.Caller:
+    caller: keys.Caller = request.scope[_CALLER]  # the route has let them in
+    return caller
 
 
 Shared = Annotated[Resources, Depends(_resources)]
 # Whose jobs these are. Every query is scoped by it: somebody else's id is a 404.
-Caller = Annotated[str, Depends(_caller)]
+Caller = Annotated[keys.Caller, Depends(_caller)]
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -107,6 +112,9 @@ IdempotencyKey = Annotated[
         description="The same key and body again: the first answer again.",
     ),
 ]
+
+
+_CALLER = "backchannel.caller"
 
 
 class _StrictRequest(Request):
@@ -135,7 +143,9 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class StrictRoute(APIRoute):
-    """A route whose JSON body is capped, and refused where it is not strictly JSON.
+    """A route that knows who calls, whose JSON body is capped, and refused where it is not strict.
+
+    Who may not call is refused before a byte of the body is read.
 
     It wants the header Content-Type: application/json, which no web page can send here without a
     permission that nobody gives (CORS): a page in the operator's browser must not order jobs.
@@ -143,8 +153,11 @@ class StrictRoute(APIRoute):
 
     def get_route_handler(self) -> Handler:
         handle = self.around(super().get_route_handler())
+        scope = scope_of(self.path, self.methods or ())
 
         async def strictly(request: Request) -> Response:
+            gate = request.app.state.resources.gate
+            request.scope[_CALLER] = await gate.admit(request.scope["headers"], scope)
             if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
                 raise InvalidRequest("The address contains a NUL character.")
             return await handle(_StrictRequest(request.scope, request.receive))
@@ -181,7 +194,9 @@ class DirectRoute(StrictRoute):
             except ValidationError:
                 return await handle(request)
             response = Response(status_code=self.status_code or 200, media_type="application/json")
-            made = await self.endpoint(asked, await _resources(request), await _caller(), response)
+            made = await self.endpoint(
+                asked, await _resources(request), await _caller(request), response
+            )
             response.body = made.model_dump_json().encode()
             response.headers["content-length"] = str(len(response.body))
             return response

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +99,7 @@ class Estimate:
 
     registry: Registry
     seen: Seen
+    allowed: Sequence[str] | None = None  # models; None: all
     lines: int = 0
     bad_lines: int = 0
     faults: list[dict[str, Any]] = field(default_factory=list)
@@ -150,7 +151,8 @@ class Estimate:
         self.lines += len(heads) - len(twice)
         for head in heads:
             try:
-                self._add(ask(endpoint, lines[head.line - chunk.first_line], self.registry))
+                raw = lines[head.line - chunk.first_line]
+                self._add(ask(endpoint, raw, self.registry, self.allowed))
             except InvalidRequest:
                 self.bad_lines += 1
 
@@ -169,10 +171,16 @@ class Estimate:
         its.high_output += cap
 
 
-async def estimate(db: Database, registry: Registry, file_id: str, endpoint: str) -> Estimate:
+async def estimate(
+    db: Database,
+    registry: Registry,
+    file_id: str,
+    endpoint: str,
+    allowed: Sequence[str] | None = None,
+) -> Estimate:
     """Read a file, a chunk at a time, and say what it would cost."""
     with closing(Seen()) as seen:
-        found, n = Estimate(registry, seen), 0
+        found, n = Estimate(registry, seen, allowed), 0
         while (chunk := await db.read(lambda c: files.chunk(c, file_id, n))) is not None:  # noqa: B023
             last = await db.read(lambda c: files.is_last(c, file_id, n))  # noqa: B023
             if not last and chunk.is_torn():

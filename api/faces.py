@@ -32,6 +32,11 @@ from backchannel.tables import TERMINAL, batches, jobs, requests
 
 FAREWELL_S = 2.0  # what a stream has to say why it ends, when the process stops
 
+# What a route answers that may stream, beside its JSON.
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
+
 # A client that goes leaves its job running, unless it said otherwise.
 LeavingCancels = Annotated[
     bool,

@@ -31,6 +31,7 @@ router = APIRouter(prefix="/v1/files", tags=["files"], route_class=StrictRoute)
 
 Purpose = Literal["assistants", "batch", "batch_output", "fine-tune", "user_data", "vision"]
 UPLOADS = ("batch", "user_data", "assistants", "fine-tune", "vision")
+ANCHOR = "created_at"
 SHORTEST_LIFE_S, LONGEST_LIFE_S = 3_600, 2_592_000  # OpenAI's own bounds
 _SECONDS = re.compile("[0-9]{1,9}")
 
@@ -90,8 +91,12 @@ _FORM = {
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": list(UPLOADS)},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer"},
+                        "expires_after[anchor]": {"type": "string", "enum": [ANCHOR]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": SHORTEST_LIFE_S,
+                            "maximum": LONGEST_LIFE_S,
+                        },
                     },
                 }
             }
@@ -169,6 +174,8 @@ def _wishes(form: Form) -> tuple[str, int | None]:
     purpose = form.fields.get("purpose", "")
     if purpose not in UPLOADS:
         raise InvalidRequest(f"purpose: one of {', '.join(UPLOADS)}.", param="purpose")
+    if form.fields.get("expires_after[anchor]", ANCHOR) != ANCHOR:
+        raise InvalidRequest(f"expires_after.anchor: {ANCHOR}.", param="expires_after.anchor")
     seconds = form.fields.get("expires_after[seconds]")
     if seconds is None:
         return purpose, None
@@ -253,7 +260,8 @@ async def get_content(
         ),
     ] = None,
     limit: Annotated[
-        int | None, Query(ge=1, description="Of a batch's output or errors: so many lines.")
+        int | None,
+        Query(ge=1, le=2**53, description="Of a batch's output or errors: so many lines."),
     ] = None,
 ) -> StreamingResponse:
     """The bytes of a file. A batch's output and errors grow while it runs, and never change."""

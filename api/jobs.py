@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Response
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, and_, bindparam, select
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from api.deps import Caller, DirectRoute, IdempotencyKey, Resources, Shared, StrictRoute
-from backchannel import bus
+from backchannel import bus, keys
 from backchannel.accept import Accepted, NewJob, accept, accept_many
 from backchannel.background import end
 from backchannel.books import Finished, Outcome
@@ -25,7 +25,7 @@ from backchannel.events import END, Event, decode, end_fields, pack_log, unpack_
 from backchannel.lifecycle import Cancelling, close_queued, request_cancel
 from backchannel.pieces import text_message
 from backchannel.registry import NAMED
-from backchannel.schemas import JOB, CreateJob, Job, JobList, job_of
+from backchannel.schemas import JOB, CreateJob, Job, JobList, Moment, job_of
 from backchannel.tables import (
     CANCELLED,
     QUEUED,
@@ -127,7 +127,7 @@ _NOT_YET: dict[str, Any] = {
 
 async def checked(
     its: Resources,
-    caller: str,
+    caller: keys.Caller,
     asked: CreateJob,
     messages: list[dict[str, Any]],
     key: str | None,
@@ -158,6 +158,7 @@ async def checked(
             asked.fallbacks,
             system=asked.system,
             force=asked.force,
+            allowed=caller.models,
         ),
     )
     resolved, reason = choice.resolved, choice.resolved.reason
@@ -243,7 +244,13 @@ async def retry_job(
     choice = await its.roster.answer(
         (first, *(row.fallbacks or ())),
         lambda registry: choose(
-            registry, first, row.messages, row.parameters, row.fallbacks, force=True
+            registry,
+            first,
+            row.messages,
+            row.parameters,
+            row.fallbacks,
+            force=True,
+            allowed=caller.models,
         ),
     )
     new = NewJob(
@@ -285,7 +292,7 @@ class JobsQuery(BaseModel):
     model: str | None = Field(None, description="provider:model, or the model's name alone.")
     provider: str | None = None
     session: str | None = None
-    created_after: AwareDatetime | None = Field(None, description="RFC 3339, with its zone.")
+    created_after: Moment | None = Field(None, description="RFC 3339, with its zone.")
     limit: int = Field(20, ge=1, le=100)
     after: str | None = Field(None, description="The `next` of the page before.")
     order: Literal["desc", "asc"] = "desc"
@@ -307,7 +314,7 @@ async def list_jobs(asked: Annotated[JobsQuery, Query()], its: Shared, caller: C
     if asked.session is not None:
         wanted.append(jobs.c.session_id == asked.session)
     if asked.created_after is not None:
-        wanted.append(jobs.c.created_ms > int(asked.created_after.timestamp() * 1000))
+        wanted.append(jobs.c.created_ms > asked.created_after)
     newest_first = asked.order == "desc"
     if asked.after is not None:
         wanted.append(jobs.c.id < asked.after if newest_first else jobs.c.id > asked.after)
@@ -457,12 +464,12 @@ async def stream_events(
     its: Shared,
     caller: Caller,
     after: Annotated[int, Query(ge=-1, le=2**53, description="The last `seq` you have.")] = -1,
-    last_event_id: Annotated[int | None, Header(ge=-1, le=2**53)] = None,
+    last_event_id: Annotated[str | None, Header(pattern=r"^(-1|\d{1,15})$")] = None,
 ) -> EventSourceResponse:
     """The job's events, past and live, as server-sent events up to `end`."""
     await read_job(its, caller, job_id)
     if last_event_id is not None:  # a browser that reconnects repeats the old query beside it
-        after = last_event_id
+        after = int(last_event_id)
     return EventSourceResponse(
         _frames(its, job_id, after), sep="\n", ping=PING_S, ping_message_factory=Ping
     )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
+import structlog
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
@@ -34,29 +36,47 @@ from api import (
     usage,
     webhooks,
 )
+from api.auth import is_loopback
 from api.deps import open_resources
 from api.message_events import error_body
-from backchannel import __version__
-from backchannel.db import migrate
+from api.openapi import document
+from backchannel import __version__, keys
+from backchannel.db import create, migrate
 from backchannel.errors import BackchannelError, InvalidRequest, NotFound, SetupError
 from backchannel.schemas import not_valid, place_of
 from backchannel.settings import Settings, get_settings
 
+log = structlog.get_logger()
+
+LOOPBACK = "127.0.0.1"
 # Streams are told to stop at once; what is still being answered gets this long.
 GRACE_S = 5
 
+
+# In the order in which they are looked through: what is asked for most often first.
+ROUTERS = [jobs.direct] + [
+    module.router
+    for module in (
+        jobs, files, batches, sessions, chat, responses, messages, models, usage, providers,
+        provider_tries, webhooks, deliveries, health,
+    )
+]  # fmt: skip
 
 _TELEMETRY = re.compile("OTEL_")
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application; its lifespan opens and closes what the process owns."""
+def create_app(settings: Settings, host: str = LOOPBACK) -> FastAPI:
+    """The application; its lifespan opens and closes what the process owns.
+
+    Args:
+        host: What it will listen on: without callers' keys only loopback lets anybody in.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.resources = await open_resources(settings, stack)
+            app.state.resources = await open_resources(settings, stack, host)
             yield
 
     app = FastAPI(
@@ -66,12 +86,9 @@ def create_app(settings: Settings) -> FastAPI:
         # FastAPI would ask the environment at every request whether somebody wants its spans
         telemetry=None if any(map(_TELEMETRY.match, os.environ)) else _NO_TELEMETRY,
     )
-    app.include_router(jobs.direct)  # the first is found the soonest
-    for module in (
-        jobs, files, batches, sessions, chat, responses, messages, models, usage, providers,
-        provider_tries, webhooks, deliveries, health,
-    ):  # fmt: skip
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.openapi = partial(document, app, settings)  # type: ignore[method-assign]  # as FastAPI has it done
     app.add_exception_handler(BackchannelError, _refused)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http)
@@ -121,11 +138,21 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     named: BackchannelError = InvalidRequest(str(error.detail))
     if error.status_code == 404:
         named = NotFound(f"There is no {request.url.path}.")
-    elif error.status_code == 405:
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
         named = InvalidRequest(
             f"{request.url.path} does not take {request.method}.", code="method_not_allowed"
         )
-    return JSONResponse(_form(request, named), error.status_code, headers=error.headers)
+        headers["Allow"] = ", ".join(_methods(request.url.path))
+    return JSONResponse(_form(request, named), error.status_code, headers=headers)
+
+
+def _methods(path: str) -> list[str]:
+    """All that an address takes: the routes of one path know of themselves only."""
+    routes = (route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
+    return sorted(
+        method for route in routes if route.path_regex.match(path) for method in route.methods or ()
+    )
 
 
 async def _unhandled(request: Request, _error: Exception) -> JSONResponse:
@@ -144,11 +171,11 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def make_server(settings: Settings) -> uvicorn.Server:
-    """The server of this process; `run` it with a listening socket."""
+def make_server(settings: Settings, host: str = LOOPBACK) -> uvicorn.Server:
+    """The server of this process; `run` it with a socket that listens on `host`."""
     return _Server(
         uvicorn.Config(
-            create_app(settings),
+            create_app(settings, host),
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -160,19 +187,33 @@ def make_server(settings: Settings) -> uvicorn.Server:
     )
 
 
-def serve(host: str = "127.0.0.1", port: int = 8000) -> None:
+def serve(host: str = LOOPBACK, port: int = 8000) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
         SetupError: The address is not ours to listen on, or the database cannot be opened.
     """
     settings = get_settings()
-    listening = listen(host, port, open_bind=settings.allow_open_bind)
-    try:
-        migrate(settings.database)  # here, so that what goes wrong is a sentence
-        make_server(settings).run(sockets=[listening])
-    finally:
-        listening.close()
+    migrate(settings.database)  # here, so that what goes wrong is a sentence
+    with_keys, open_ = who_may(settings, host)
+    with listen(host, port, open_bind=with_keys or settings.allow_open_bind) as listening:
+        if open_:
+            tell = log.info if is_loopback(host) else log.warning
+            tell(
+                "There are no callers' keys: whoever reaches this port is let in, as the caller "
+                "'local'. To change that, type: backchannel callers add NAME",
+                host=host,
+            )
+        make_server(settings, host).run(sockets=[listening])
+
+
+def who_may(settings: Settings, host: str) -> tuple[bool, bool]:
+    """Whether a key is good now; and whether nobody needs one."""
+    engine = create(settings.database)
+    with engine.connect().execution_options(reading=True) as connection:
+        found = keys.any_active(connection), keys.any_made(connection)
+    engine.dispose()
+    return found[0], not found[1] and (is_loopback(host) or settings.allow_open_bind)
 
 
 def listen(host: str, port: int, *, open_bind: bool) -> socket.socket:
@@ -181,11 +222,11 @@ def listen(host: str, port: int, *, open_bind: bool) -> socket.socket:
     Raises:
         SetupError: Not loopback and not allowed, in use, or not an address of this machine.
     """
-    if not (open_bind or _is_loopback(host)):
+    if not (open_bind or is_loopback(host)):
         raise SetupError(
             f"{host} can be reached from other machines, and there are no callers' keys: anybody "
-            "could spend your money. Listen on 127.0.0.1, or set BACKCHANNEL_ALLOW_OPEN_BIND=true "
-            "where only what you trust reaches the port."
+            "could spend your money. Type: backchannel callers add NAME. Or listen on 127.0.0.1, "
+            "or set BACKCHANNEL_ALLOW_OPEN_BIND=true where only what you trust reaches the port."
         )
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -197,10 +238,3 @@ def listen(host: str, port: int, *, open_bind: bool) -> socket.socket:
                 f"--port {port + 1}."
             ) from error
         raise SetupError(f"Cannot listen on {host}, port {port}: {error}.") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

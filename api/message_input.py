@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import msgspec
 from pydantic import Field
 
 from backchannel.errors import InvalidRequest, UnsupportedParameter
-from backchannel.schemas import Name, NullsAreNotGiven
+from backchannel.schemas import Name, NullsAreNotGiven, Whole, as_object, as_text
 
 Block = dict[str, Any]
 
@@ -37,7 +39,7 @@ class CreateMessage(NullsAreNotGiven):
     """A message to be answered."""
 
     model: Name | None = None
-    max_tokens: int = Field(gt=0)
+    max_tokens: Whole = Field(gt=0)
     messages: Annotated[list[Said], Field(min_length=1)]
     system: str | list[Block] | None = None
     stream: bool = False
@@ -49,7 +51,7 @@ class CreateMessage(NullsAreNotGiven):
     thinking: Block | None = None
     tool_choice: Block | None = None
     tools: list[Block] | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     top_p: float | None = None
 
 
@@ -117,10 +119,12 @@ def _tool(tool: Block, place: str) -> Block:
 
 def _tool_choice(choice: Block) -> str | Block:
     kind = choice.get("type")
-    if kind == "tool":
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    if kind not in _CHOICES:
-        raise InvalidRequest("tool_choice.type: auto, any, tool or none.", param="tool_choice")
+    if kind == "tool" and isinstance(choice.get("name"), str):
+        return {"type": "function", "function": {"name": choice["name"]}}
+    if not isinstance(kind, str) or kind not in _CHOICES:
+        raise InvalidRequest(
+            "tool_choice.type: auto, any, none, or tool with its name.", param="tool_choice"
+        )
     return _CHOICES[kind]
 
 
@@ -135,16 +139,21 @@ def messages_of(asked: CreateMessage) -> list[dict[str, Any]]:
     """
     messages: list[dict[str, Any]] = []
     if asked.system:
-        messages.append({"role": "system", "content": _content(asked.system, "system")})
+        with _complete("system"):
+            messages.append({"role": "system", "content": _content(asked.system, "system")})
     for number, said in enumerate(asked.messages):
         place = f"messages[{number}].content"
-        try:
+        with _complete(place):
             messages += _turn(said, place)
-        except (KeyError, TypeError, AttributeError):
-            raise InvalidRequest(
-                f"{place}: a block lacks what its type needs.", param=place
-            ) from None
     return messages
+
+
+@contextlib.contextmanager
+def _complete(place: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError):
+        raise InvalidRequest(f"{place}: a block lacks what its type needs.", param=place) from None
 
 
 def _turn(said: Said, place: str) -> list[dict[str, Any]]:
@@ -168,11 +177,11 @@ def _assistant(blocks: list[Block], place: str) -> dict[str, Any]:
     told = [b for b in blocks if b["type"] != "tool_use" and b["type"] not in _THOUGHTS]
     calls = [
         {
-            "id": block["id"],
+            "id": as_text(block["id"]),
             "type": "function",
             "function": {
-                "name": block["name"],
-                "arguments": msgspec.json.encode(block["input"]).decode(),
+                "name": as_text(block["name"]),
+                "arguments": msgspec.json.encode(as_object(block["input"])).decode(),
             },
         }
         for block in blocks
@@ -189,7 +198,7 @@ def _result(block: Block, place: str) -> dict[str, Any]:
     if block.get("is_error"):
         # chat completions have no flag for it, and the model should know
         content = f"Error: {content}" if isinstance(content, str) else [_text("Error:"), *content]
-    return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
+    return {"role": "tool", "tool_call_id": as_text(block["tool_use_id"]), "content": content}
 
 
 def _content(content: str | list[Block], place: str) -> str | list[Block]:
@@ -206,14 +215,14 @@ def _content(content: str | list[Block], place: str) -> str | list[Block]:
 def _part(block: Block, place: str) -> Block:
     match block["type"]:
         case "text":
-            part = _text(block["text"])
+            part = _text(as_text(block["text"]))
         case "image":
             part = {"type": "image_url", "image_url": {"url": _url(block["source"], place)}}
         case "document" if block["source"]["type"] == "text":
-            part = _text(block["source"]["data"])
+            part = _text(as_text(block["source"]["data"]))
         case "document":
             file = {"file_data": _url(block["source"], place)}
-            title = {"filename": block["title"]} if block.get("title") else {}
+            title = {"filename": as_text(block["title"])} if block.get("title") else {}
             part = {"type": "file", "file": {**file, **title}}
         case other:
             raise UnsupportedParameter(
@@ -230,10 +239,9 @@ def _text(text: str) -> Block:
 def _url(source: Block, place: str) -> str:
     match source["type"]:
         case "base64":
-            return f"data:{source['media_type']};base64,{source['data']}"
+            return f"data:{as_text(source['media_type'])};base64,{as_text(source['data'])}"
         case "url":
-            url: str = source["url"]
-            return url
+            return as_text(source["url"])
         case other:
             raise UnsupportedParameter(
                 f"{place} is refused: sources of type '{other}' are not taken.", param=place

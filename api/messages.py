@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Request, Response
 
 from api.deps import Caller, IdempotencyKey, Shared, StrictRoute
 from api.estimate import ModelEstimate
-from api.faces import Face, LeavingCancels, failure_of, finished, stream
+from api.faces import STREAMED, Face, LeavingCancels, failure_of, finished, stream
 from api.jobs import checked, submit
 from api.message_events import MessageEvents, message
 from api.message_input import NAMES, CountTokens, CreateMessage, messages_of, parameters_of
@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1/messages", tags=["messages"], route_class=StrictR
 MESSAGE = Face("message", "msg_", router.prefix)
 
 
-@router.post("", response_model=None)
+@router.post("", response_model=None, responses=STREAMED)
 async def create_message(
     asked: CreateMessage,
     request: Request,

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from api.chat import cut
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.faces import (
+    STREAMED,
     Face,
     Found,
     LeavingCancels,
@@ -38,7 +39,7 @@ CANCEL_S = 5.0  # a running job ends within moments; a client would rather see i
 # ---------------------------------------------------------------- create
 
 
-@router.post("", response_model=None)
+@router.post("", response_model=None, responses=STREAMED)
 async def create_response(
     asked: CreateResponse,
     request: Request,
@@ -91,7 +92,7 @@ async def _previous(its: Resources, caller: str, asked: CreateResponse) -> Found
         found = None
     if found is None or found.job.session is None or not found.asked.get("store", True):
         why = "there is none" if found is None else "it was not stored"
-        raise InvalidRequest(
+        raise NotFound(
             f"Response '{previous_id}' cannot be followed: {why}.",
             code="previous_response_not_found",
             param="previous_response_id",
@@ -136,14 +137,16 @@ def _stream(its: Resources, caller: str, found: Found, after: int = -1, **how: A
 # ---------------------------------------------------------------- stored
 
 
-@router.get("/{response_id}", response_model=None)
+@router.get("/{response_id}", response_model=None, responses=STREAMED)
 async def get_response(
     response_id: str,
     its: Shared,
     caller: Caller,
     response: Response,
     stream: bool = False,
-    starting_after: Annotated[int, Query(ge=-1, description="The last number you have.")] = -1,
+    starting_after: Annotated[
+        int, Query(ge=-1, le=2**53, description="The last number you have.")
+    ] = -1,
 ) -> Response | dict[str, Any]:
     """A response as it stands; or its stream, from the first event, live or long over."""
     found = await find(its, caller, RESPONSE, response_id, lines=True)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, and_, case, insert, not_, update
 
 from api.deps import Caller, Resources, Shared, StrictRoute
+from backchannel import keys
 from backchannel.errors import NotFound
 from backchannel.lifecycle import NOW, new_id
 from backchannel.schemas import (
@@ -33,6 +34,7 @@ async def create_session(
 ) -> Session:
     """Begin a conversation."""
     resolved = await its.roster.resolve(asked.model)
+    caller.check_model(resolved.id)
     session_id = new_id("session")
     values = {
         "id": session_id,
@@ -117,7 +119,7 @@ async def change_session(
     if "history" in asked.model_fields_set:
         values["history"] = _limits(asked)
     if asked.model is not None:
-        values |= await _switch(its, asked.model)
+        values |= await _switch(its, caller, asked.model)
 
     def write(connection: Connection) -> Session:
         connection.execute(update(sessions).where(*_own(caller, session_id)).values(values))
@@ -126,8 +128,9 @@ async def change_session(
     return await its.db.write(write)
 
 
-async def _switch(its: Resources, model: str) -> dict[str, Any]:
+async def _switch(its: Resources, caller: keys.Caller, model: str) -> dict[str, Any]:
     to = await its.roster.resolve(model)
+    caller.check_model(to.id)
     same = and_(sessions.c.provider == to.provider.id, sessions.c.model == to.model)
     return {
         "provider": to.provider.id,

@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, Connection, RowMapping, case, distinct, func, select
 
 from api.deps import Caller, Shared, StrictRoute
 from backchannel.errors import InvalidRequest
+from backchannel.schemas import Moment
 from backchannel.tables import usage
 
 router = APIRouter(prefix="/v1/usage", tags=["usage"], route_class=StrictRoute)
@@ -27,16 +28,20 @@ GROUPS: dict[str, ColumnElement[Any]] = {
 }
 
 
+_NAME = f"(?:{'|'.join(GROUPS)})?"
+_LISTED = f"^{_NAME}(?:,{_NAME})*$"
+
+
 class UsageQuery(BaseModel):
     """What to sum, and by what."""
 
     model_config = ConfigDict(extra="forbid")
 
-    group_by: list[str] = Field(
+    group_by: list[Annotated[str, Field(json_schema_extra={"pattern": _LISTED})]] = Field(
         [], description="model, model_reason, provider, session, lane, day."
     )
-    since: AwareDatetime | None = Field(None, description="RFC 3339, with its zone.")
-    until: AwareDatetime | None = Field(None, description="Up to, but not including.")
+    since: Moment | None = Field(None, description="RFC 3339, with its zone.")
+    until: Moment | None = Field(None, description="Up to, but not including.")
 
 
 @router.get("")
@@ -47,9 +52,9 @@ async def get_usage(
     groups = _groups(asked.group_by)
     books = select(*_SUMS).where(usage.c.caller == caller)
     if asked.since is not None:
-        books = books.where(usage.c.created_ms >= _ms(asked.since))
+        books = books.where(usage.c.created_ms >= asked.since)
     if asked.until is not None:
-        books = books.where(usage.c.created_ms < _ms(asked.until))
+        books = books.where(usage.c.created_ms < asked.until)
     by = [GROUPS[name].label(f"by_{name}") for name in groups]
 
     def read(connection: Connection) -> dict[str, Any]:
@@ -80,10 +85,6 @@ def _group(name: str, value: Any) -> Any:
     if name != "day":
         return value
     return datetime.fromtimestamp(int(value) * DAY_MS // 1000, UTC).date().isoformat()
-
-
-def _ms(moment: datetime) -> int:
-    return int(moment.timestamp() * 1000)
 
 
 # ---------------------------------------------------------------- the sums

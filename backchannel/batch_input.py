@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -134,8 +135,13 @@ class Asked(NamedTuple):
     fallbacks: list[str] | None
 
 
-def ask(endpoint: str, raw: bytes, registry: Registry) -> Asked:
+def ask(
+    endpoint: str, raw: bytes, registry: Registry, models: Sequence[str] | None = None
+) -> Asked:
     """What a line whose form is good asks.
+
+    Args:
+        models: What the batch's caller may name; None: all.
 
     Raises:
         InvalidRequest: It cannot be a job; ``param`` is the field of its body.
@@ -163,6 +169,7 @@ def ask(endpoint: str, raw: bytes, registry: Registry) -> Asked:
             fallbacks,
             system=order.system,
             force=order.force,
+            allowed=models,
         )
     return Asked(form, order, messages, choice.resolved, choice.parameters, choice.fallbacks)
 
@@ -176,7 +183,9 @@ def job_of_line(batch: Any, raw: bytes, head: Head, registry: Registry) -> NewJo
     Raises:
         InvalidRequest: It cannot be a job.
     """
-    form, order, messages, resolved, parameters, fallbacks = ask(batch.endpoint, raw, registry)
+    form, order, messages, resolved, parameters, fallbacks = ask(
+        batch.endpoint, raw, registry, batch.models
+    )
     sent = None
     if batch.endpoint == RESPONSES:  # it repeats what was asked, but for the input
         sent = form.model_dump(exclude_unset=True, exclude={"input"})

@@ -96,6 +96,7 @@ class NewBatch:
     meta: dict[str, str] | None = None
     idempotency_key: str | None = None
     parent_id: str | None = None
+    models: Sequence[str] | None = None
 
 
 _COUNTERS = (
@@ -123,6 +124,7 @@ def create(connection: Connection, new: NewBatch) -> tuple[str, bool]:
         "completion_window": new.completion_window,
         "input_file_id": new.input_file_id,
         "parent_id": new.parent_id,
+        "models": None if new.models is None else list(new.models),
         "meta": new.meta,
         "status": VALIDATING,
         "created_ms": NOW,

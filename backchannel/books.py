@@ -150,7 +150,8 @@ def _answer_turn(connection: Connection, row: Any, message: dict[str, Any] | Non
             "session_id": row.session_id,
             "seq": connection.execute(asked).scalar_one() + 1,
             "job_id": row.id,
-            "message": message,
+            # an answer without a word is one all the same: the next turn follows it
+            "message": message or {"role": "assistant", "content": ""},
             "provider": row.provider,
             "model": row.model,
         },

@@ -14,6 +14,7 @@ from backchannel.schemas import (
     Ours,
     ToolCall,
     ToolCallFunction,
+    Whole,
     check_message,
 )
 
@@ -23,7 +24,7 @@ class _CalledFunction(ToolCallFunction):
 
 
 class _Called(ToolCall):
-    index: int | None = None  # of the SDK's streams
+    index: Whole | None = None  # of the SDK's streams
     function: _CalledFunction
 
 

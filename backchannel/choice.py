@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from backchannel import auto
 from backchannel.capabilities import check_capabilities
 from backchannel.errors import InvalidRequest, ProviderKeyMissing, UnsupportedParameter
+from backchannel.keys import check_model, may_name
 from backchannel.parameters import check_parameters
 from backchannel.registry import NAMED, Registry, Resolved
 from backchannel.tiers import AUTO, NAMES, Tier, tier_of
@@ -34,6 +35,7 @@ def choose(
     *,
     system: str | None = None,
     force: bool = False,
+    allowed: Sequence[str] | None = None,
 ) -> Choice:
     """Choose the models of a request.
 
@@ -45,12 +47,14 @@ def choose(
     Args:
         messages: All that is told, the history of a session included.
         force: Ask models that are not known to be able to answer, too.
+        allowed: Patterns of the models that the caller may name; None: all.
 
     Raises:
         InvalidRequest: ``param`` is ``model``, ``fallbacks`` or a parameter.
     """
 
     def check(resolved: Resolved) -> None:
+        check_model(allowed, resolved.id)
         if not force:
             check_capabilities(registry, resolved, messages, parameters)
 
@@ -61,7 +65,7 @@ def choose(
         if tier is None:
             tier, why = auto.choose(request)
             named = f"auto: {tier}, because {why}"
-        found = _of_tier(registry, tier, named, request, parameters, force)
+        found = _of_tier(registry, tier, named, request, parameters, force, allowed)
         kept = check_parameters(parameters, found[0].provider)
         others = found[1:] if fallbacks is None else _named(registry, fallbacks, kept, check)
         return Choice(found[0], kept, _ids(found[0], others), asked)
@@ -89,6 +93,7 @@ def _of_tier(
     request: auto.Features,
     parameters: dict[str, Any],
     force: bool,
+    allowed: Sequence[str] | None,
 ) -> list[Resolved]:
     """The tier's models that can answer the request.
 
@@ -98,6 +103,8 @@ def _of_tier(
     refused: list[UnsupportedParameter] = []
 
     def unfit(resolved: Resolved) -> str | None:
+        if not may_name(allowed, resolved.id):
+            return "not for this key"
         if not force and (lacking := lacks(resolved, request)) is not None:
             return lacking
         try:

@@ -5,7 +5,10 @@ BackchannelError
 │   ├── ProviderNotFound      400  the model names a provider nobody registered
 │   ├── ProviderKeyMissing    400  the provider needs a key that is not set
 │   ├── UnsupportedParameter  400  a parameter this provider cannot honour
-│   └── CapabilityMissing     400  images, a schema or tools for a model not known to take them
+│   ├── CapabilityMissing     400  images, a schema or tools for a model not known to take them
+│   └── ModelNotAllowed       403  a model that the caller's key is not for
+├── Unauthorized              401  no caller's key, or one that is not good
+├── Forbidden                 403  not with this key, or not under this name
 ├── NotFound                  404  no such thing, or somebody else's
 ├── Conflict                  409  the state of things does not allow it
 ├── TooLarge                  413  over a documented cap
@@ -81,6 +84,33 @@ class CapabilityMissing(InvalidRequest):
     """The model is not known for something that the request needs."""
 
     code = "capability_missing"
+
+
+class ModelNotAllowed(InvalidRequest):
+    """The caller's key is for other models."""
+
+    status = 403
+    code = "model_not_allowed"
+
+
+class Unauthorized(BackchannelError):
+    """Nobody we know: no caller's key, or one that is unknown, revoked or expired."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers["WWW-Authenticate"] = 'Bearer realm="backchannel"'
+
+
+class Forbidden(BackchannelError):
+    """Somebody we know, or on a way we know, and not for this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "insufficient_scope"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from backchannel.errors import InvalidRequest, UnsupportedParameter
 from backchannel.registry import Provider
+from backchannel.schemas import whole
 
 # Sent by the engine itself, or fields of the job around them.
 OURS = {
@@ -159,6 +160,8 @@ def check_parameters(parameters: dict[str, Any], provider: Provider) -> dict[str
             )
             raise UnsupportedParameter(f"'{name}' is refused: {why}.", param=param)
         shape = SHAPES.get(name)
+        if shape == (int,):
+            value = kept[name] = whole(value)
         # bool is an int in Python, not in JSON
         if shape and (
             not isinstance(value, shape) or (isinstance(value, bool) and bool not in shape)

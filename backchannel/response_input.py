@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from backchannel.errors import InvalidRequest, UnsupportedParameter
-from backchannel.schemas import CreateJob, Metadata, Name, NullsAreNotGiven, Ours
+from backchannel.schemas import CreateJob, Metadata, Name, NullsAreNotGiven, Ours, Whole, as_text
 
 Item = dict[str, Any]
 
@@ -64,7 +64,7 @@ class CreateResponse(NullsAreNotGiven):
     parallel_tool_calls: bool | None = None
     text: Text | None = None
     reasoning: Reasoning | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
     truncation: Literal["auto", "disabled"] = "disabled"
@@ -193,7 +193,9 @@ def _add(messages: list[dict[str, Any]], item: Item, place: str) -> None:
         case "function_call_output":
             output = item["output"]
             content = output if isinstance(output, str) else _parts(output, f"{place}.output")
-            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
+            messages.append(
+                {"role": "tool", "tool_call_id": as_text(item["call_id"]), "content": content}
+            )
         case "reasoning":
             pass  # no provider takes another one's
         case other:
@@ -214,8 +216,8 @@ def _message(item: Item, place: str) -> dict[str, Any]:
 
 
 def _call(item: Item) -> Item:
-    function = {"name": item["name"], "arguments": item["arguments"]}
-    return {"id": item["call_id"], "type": "function", "function": function}
+    function = {"name": as_text(item["name"]), "arguments": as_text(item["arguments"])}
+    return {"id": as_text(item["call_id"]), "type": "function", "function": function}
 
 
 def _parts(parts: list[Item], place: str) -> list[Item]:
@@ -225,17 +227,17 @@ def _parts(parts: list[Item], place: str) -> list[Item]:
 def _part_of(part: Item, place: str) -> Item:
     match part["type"]:
         case "input_text" | "output_text" | "text":
-            return {"type": "text", "text": part["text"]}
+            return {"type": "text", "text": as_text(part["text"])}
         case "refusal":
-            return {"type": "refusal", "refusal": part["refusal"]}
+            return {"type": "refusal", "refusal": as_text(part["refusal"])}
         case "input_image" if part.get("image_url"):
-            image = {"url": part["image_url"]}
+            image = {"url": as_text(part["image_url"])}
             if part.get("detail"):
-                image["detail"] = part["detail"]
+                image["detail"] = as_text(part["detail"])
             return {"type": "image_url", "image_url": image}
         case "input_file" if part.get("file_data"):
-            names = ("file_data", "filename")
-            return {"type": "file", "file": {name: part[name] for name in names if name in part}}
+            given = [name for name in ("file_data", "filename") if part.get(name) is not None]
+            return {"type": "file", "file": {name: as_text(part[name]) for name in given}}
         case "input_image" | "input_file":
             raise _refused(place, "send the data itself: files here are those of batches")
         case other:

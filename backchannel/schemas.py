@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
+    AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from sqlalchemy import Select, and_, select
@@ -73,7 +78,7 @@ def _check(value: Any) -> None:
                 _check_text(here, place)
             case float() if not math.isfinite(here):
                 _not_json(f"{place or 'it'} is not a finite number", place or None)
-            case int() if not -(2**63) <= here < 2**64:
+            case int() | float() if not -(2**63) <= here < 2**64:  # 1e30 is whole, too
                 raise InvalidRequest(f"{place or 'The body'}: beyond 64 bits.", param=place or None)
             case dict() | list() if depth == MAX_DEPTH:
                 _not_json(f"it is nested more than {MAX_DEPTH} deep", place)
@@ -162,6 +167,28 @@ class NullsAreNotGiven(_Request):
         return value
 
 
+def as_text(value: Any) -> str:
+    """A value that must be a text; what it is part of lacks something otherwise: TypeError."""
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """A value that must be an object, likewise."""
+    if not isinstance(value, dict):
+        raise TypeError("not an object")
+    return value
+
+
+def whole(value: Any) -> Any:
+    """A number without a fraction as what it is: to JSON 5.0 is an integer."""
+    if isinstance(value, float) and value.is_integer() and -(2.0**63) <= value < 2.0**64:
+        return int(value)
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(whole)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Title = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[
@@ -315,6 +342,30 @@ class CreateSession(_Request):
 
 class ChangeSession(CreateSession):
     """What is left out stays; a change of model counts up ``model_version``."""
+
+
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d.*")
+
+
+def _as_text(value: Any) -> Any:
+    # pydantic would take a bare number as seconds since 1970
+    if isinstance(value, str) and not _MOMENT.fullmatch(value):
+        raise ValueError("write it as 2026-11-30T12:00:00Z")
+    return value
+
+
+def _in_ms(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)
+
+
+# A moment of a query, in milliseconds since 1970.
+Moment = Annotated[
+    int,
+    BeforeValidator(_in_ms),
+    BeforeValidator(TypeAdapter(AwareDatetime).validate_python),
+    BeforeValidator(_as_text),
+    WithJsonSchema({"type": "string", "format": "date-time"}),
+]
 
 
 # ---------------------------------------------------------------- answers

@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     api_url: str = Field(
         "http://127.0.0.1:8000", description="Where the command line finds the API."
     )
+    api_key: SecretStr | None = Field(
+        None, description="The caller's key that the command line sends, once there are any."
+    )
     default_model: str = Field(
         "anthropic:claude-sonnet-4-5-20250929", description="The model of a job that names none."
     )

@@ -344,6 +344,8 @@ class Batch(SQLModel, table=True):
     output_file_id: str | None = None
     error_file_id: str | None = None
     parent_id: str | None = None  # whose failed lines these are
+    # what its caller's key was for; None: all
+    models: list[str] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
     meta: dict[str, str] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
     status: str = VALIDATING
     created_ms: int = _big()
@@ -404,6 +406,26 @@ class BatchLine(SQLModel, table=True):
     # of a line that was refused before it was a job
     error_status: int | None = None
     error: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+
+
+class CallerKey(SQLModel, table=True):
+    """A caller's key and what it is good for; the key itself is nowhere. Rows are never deleted:
+    an API that ever had keys must not become open because none is left."""
+
+    __tablename__ = "caller_keys"
+    __table_args__ = (Index("ix_caller_keys_name", "name"),)
+
+    id: str = Field(primary_key=True)
+    name: str  # whose it is: the ``caller`` of every other table
+    hash: str = Field(unique=True)  # keys.hash_of
+    prefix: str  # the beginning of the key, to tell one from another
+    scopes: list[str] = Field(sa_column=Column(JSON, nullable=False))
+    models: list[str] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+    tags: dict[str, str] = Field(sa_column=Column(JSON, nullable=False))
+    created_ms: int = _big()
+    expires_ms: int | None = _big(null=True)
+    revoked_ms: int | None = _big(null=True)
+    used_ms: int | None = _big(null=True)  # to the minute
 
 
 class Webhook(SQLModel, table=True):
@@ -525,6 +547,7 @@ files: Table = File.__table__  # type: ignore[attr-defined]
 chunks: Table = FileChunk.__table__  # type: ignore[attr-defined]
 batches: Table = Batch.__table__  # type: ignore[attr-defined]
 batch_lines: Table = BatchLine.__table__  # type: ignore[attr-defined]
+caller_keys: Table = CallerKey.__table__  # type: ignore[attr-defined]
 webhooks: Table = Webhook.__table__  # type: ignore[attr-defined]
 deliveries: Table = Delivery.__table__  # type: ignore[attr-defined]
 providers: Table = CustomProvider.__table__  # type: ignore[attr-defined]

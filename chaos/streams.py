@@ -123,7 +123,9 @@ def _slow_readers(world: World, jobs: list[str], each: int) -> Iterator[None]:
                 reader = stack.enter_context(socket.socket())
                 reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 reader.connect((host, int(port)))
-                reader.sendall(f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                reader.sendall(
+                    f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+                )
                 readers.append(reader)
 
         def sip() -> None:

@@ -2,8 +2,8 @@
 
     python examples/background_job.py "Why do cats knead blankets?"
 
-Needs nothing but Python. BACKCHANNEL_API_URL says where the API is; MODEL says who answers, by
-default the offline model that repeats the prompt.
+Needs nothing but Python. BACKCHANNEL_API_URL says where the API is, BACKCHANNEL_API_KEY who asks;
+MODEL says who answers, by default the offline model that repeats the prompt.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 API = os.environ.get("BACKCHANNEL_API_URL", "http://127.0.0.1:8000").rstrip("/")
+KEY = {"x-api-key": os.environ.get("BACKCHANNEL_API_KEY", "unused")}  # until there are any
 MODEL = os.environ.get("MODEL", "echo")
 SILENCE_S = 30  # the stream says something at least every 10 s
 FINISHED = {"succeeded", "failed", "cancelled", "expired"}
@@ -41,7 +42,7 @@ def call(method: str, path: str, body: Any = None, **headers: str) -> Any:
     """One request's JSON, asked for again while the API is away: a restart takes seconds."""
     data = None if body is None else json.dumps(body).encode()
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    request = Request(f"{API}{path}", data, {"Content-Type": "application/json", **headers})
+    request = Request(f"{API}{path}", data, {"Content-Type": "application/json", **KEY, **headers})
     request.method = method
     pauses_s = iter((0.5, 1, 2, 4, 8))
     while True:
@@ -65,7 +66,7 @@ def follow(job_id: str) -> Iterator[dict[str, Any]]:
     """The job's events, each exactly once, up to `end`; a broken connection is resumed."""
     last = -1
     for _ in range(60):
-        headers = {"Last-Event-ID": str(last)}
+        headers = {"Last-Event-ID": str(last), **KEY}
         try:
             url = f"{API}/v1/jobs/{job_id}/events"
             with opened(Request(url, headers=headers), SILENCE_S) as lines:

@@ -62,6 +62,11 @@ def test_only_api_and_flower_are_published_and_on_loopback_only(services: dict[s
     assert all("network_mode" not in service for service in services.values())
 
 
+def test_the_api_starts_without_callers_keys(services: dict[str, Any]) -> None:
+    # it is published on loopback; the first key closes it: tests/api/test_auth.py
+    assert services["api"]["environment"]["BACKCHANNEL_ALLOW_OPEN_BIND"] == "1"
+
+
 @pytest.mark.parametrize("environment", [{}, {"FLOWER_PASSWORD": ""}], ids=["unset", "empty"])
 def test_flower_needs_a_password(environment: dict[str, str]) -> None:
     answer = compose("config", "--quiet", **environment)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import httpx2
 
 from backchannel.cli import valkey
-from backchannel.cli.client import api_url, goes_direct
+from backchannel.cli.client import api_url, goes_direct, key_of
 from backchannel.cli.running import is_free
 from backchannel.errors import BackchannelError
 from backchannel.settings import Settings
@@ -37,10 +37,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _redis(settings)
     yield from _database(settings)
     url = api_url(settings)
-    state = _ask(url, "/readyz")
+    state = _ask(settings, url, "/readyz")
     yield _api(url, state)
     yield _workers(state)
-    yield from _providers(settings, _ask(url, "/v1/providers"))
+    yield from _providers(settings, _ask(settings, url, "/v1/providers"))
     if state is None:
         yield from _ports()
 
@@ -105,10 +105,10 @@ def _database(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def _ask(url: str, path: str) -> dict[str, Any] | None:
+def _ask(settings: Settings, url: str, path: str) -> dict[str, Any] | None:
     try:
         with httpx2.Client(timeout=3.0, trust_env=not goes_direct(url)) as client:
-            answer = client.get(f"{url}{path}").json()
+            answer = client.get(f"{url}{path}", headers=key_of(settings)).json()
     except (httpx2.HTTPError, ValueError):
         return None
     return answer if isinstance(answer, dict) else None

@@ -26,12 +26,28 @@ def goes_direct(url: str) -> bool:
     return is_loopback(url)
 
 
+def key_of(settings: Settings) -> dict[str, str]:
+    """The header that says who asks; none, while nobody needs a key."""
+    key = "" if settings.api_key is None else settings.api_key.get_secret_value()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def refused(status: int, message: str) -> str:
+    """What the API says against a request, and what to type about it."""
+    return f"{message} Type: export BACKCHANNEL_API_KEY=bk_…" if status == 401 else message
+
+
 @contextmanager
 def connected() -> Iterator[httpx2.Client]:
     """A client of the API; what goes wrong inside leaves as a `Failure`."""
-    url = api_url(get_settings())
+    settings = get_settings()
+    url = api_url(settings)
     with httpx2.Client(
-        base_url=url, timeout=TIMEOUT_S, trust_env=not goes_direct(url), follow_redirects=False
+        base_url=url,
+        headers=key_of(settings),
+        timeout=TIMEOUT_S,
+        trust_env=not goes_direct(url),
+        follow_redirects=False,
     ) as client:
         try:
             yield client
@@ -65,7 +81,7 @@ def checked(answer: httpx2.Response) -> Any:
             f"What answers at {answer.url.scheme}://{answer.url.netloc.decode()} is not "
             "Backchannel. Set BACKCHANNEL_API_URL to where it runs."
         ) from error
-    raise Failure(message)
+    raise Failure(refused(answer.status_code, message))
 
 
 def unreachable(url: str, error: Exception | None = None) -> Failure:

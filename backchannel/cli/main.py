@@ -9,6 +9,7 @@ import typer
 
 from backchannel import __version__
 from backchannel.cli import api, doctor, flower, run, up, usage, worker
+from backchannel.cli.callers import callers
 from backchannel.cli.jobs import jobs
 from backchannel.cli.keys import keys
 from backchannel.cli.providers import providers
@@ -37,6 +38,7 @@ app.add_typer(webhooks, name="webhooks")
 app.command(epilog=usage.EPILOGUE)(usage.usage)
 app.add_typer(providers, name="providers")
 app.add_typer(keys, name="keys")
+app.add_typer(callers, name="callers")
 app.command(epilog=doctor.EPILOGUE)(doctor.doctor)
 
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import httpx2
 import stamina
 
-from backchannel.cli.client import api_url, goes_direct, unreachable
+from backchannel.cli.client import api_url, goes_direct, key_of, refused, unreachable
 from backchannel.cli.own_stack import OwnStack, may_start
 from backchannel.cli.running import read_running
 from backchannel.cli.screen import Failure
@@ -69,6 +69,7 @@ class Sender:
     def _new_client(self, url: str) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(
             base_url=url,
+            headers=key_of(self._settings),
             timeout=httpx2.Timeout(120.0, connect=5.0),  # a large file is stored meanwhile
             trust_env=not goes_direct(url),
         )
@@ -162,7 +163,7 @@ class Sender:
 def _checked(answer: httpx2.Response) -> httpx2.Response:
     if not answer.is_success:
         try:
-            why = answer.json()["error"]["message"]
+            why = refused(answer.status_code, answer.json()["error"]["message"])
         except (ValueError, KeyError, TypeError):
             why = f"{answer.status_code} {answer.text[:300]}"
         raise Failure(f"The API refuses {answer.request.url.path}: {why}")

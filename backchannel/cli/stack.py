@@ -14,12 +14,14 @@ from typing import NamedTuple, TextIO
 import httpx2
 
 from backchannel.cli import valkey
+from backchannel.cli.client import key_of
 from backchannel.cli.running import Running, choose_port, only_one, write_running
 from backchannel.cli.screen import Failure
 from backchannel.cli.supervise import Child, Log, Supervisor, itself
 from backchannel.settings import Settings, get_settings
 
 HOST = "127.0.0.1"
+HOSTED = frozenset({"anthropic", "openai", "groq", "gemini"})
 START_S = 90.0  # a cold disk imports slowly
 GIVE_UP_AFTER = 3  # deaths of one child before the stack was ever ready
 
@@ -83,7 +85,7 @@ async def _run(settings: Settings, plan: Plan, log: Log) -> None:
         await _until(supervisor, lambda: _is_ready(running, workers))
         if not supervisor.stopping.is_set():
             write_running(settings, running)
-            await _welcome(supervisor, running, workers)
+            await _welcome(settings, supervisor, running, workers)
         await supervisor.run_until_stopped()
     finally:
         await supervisor.stop()
@@ -159,18 +161,27 @@ async def _is_ready(running: Running, workers: int) -> bool:
         return True
 
 
-async def _welcome(supervisor: Supervisor, running: Running, workers: int) -> None:
+async def _welcome(
+    settings: Settings, supervisor: Supervisor, running: Running, workers: int
+) -> None:
     async with httpx2.AsyncClient(timeout=5.0, trust_env=False) as client:
         try:
-            answer = (await client.get(f"{running.api_url}/v1/providers")).json()
-            available = [each["id"] for each in answer["data"] if each["available"]]
+            url = f"{running.api_url}/v1/providers"
+            answer = (await client.get(url, headers=key_of(settings))).json()
+            available: list[str] | None = [
+                each["id"] for each in answer["data"] if each["available"]
+            ]
         except (httpx2.HTTPError, ValueError, KeyError):
-            available = []
+            available = None
     supervisor.say(f"API      {running.api_url}  (its pages: {running.api_url}/docs)")
     if running.flower_url:
         supervisor.say(f"Flower   {running.flower_url}")
     supervisor.say(f"Workers  {workers} running")
-    supervisor.say(f"Providers available: {', '.join(available) or 'none'}")
-    if not set(available) & {"anthropic", "openai", "groq", "gemini"}:
+    if available is None:
+        supervisor.say("Callers need a key. For commands type: export BACKCHANNEL_API_KEY=bk_…")
+        available = list(HOSTED)
+    else:
+        supervisor.say(f"Providers available: {', '.join(available) or 'none'}")
+    if not HOSTED.intersection(available):
         supervisor.say("For a hosted one stop, and type: OPENAI_API_KEY=… backchannel up")
     supervisor.say("Ready. Try: backchannel run examples/prompts.jsonl   Ctrl-C stops in order.")

@@ -29,7 +29,8 @@ async def client(settings: Settings) -> AsyncIterator[httpx2.AsyncClient]:
     async with (
         app.router.lifespan_context(app),
         httpx2.AsyncClient(
-            transport=httpx2.ASGITransport(app, raise_app_exceptions=False), base_url="http://api"
+            transport=httpx2.ASGITransport(app, raise_app_exceptions=False),
+            base_url="http://localhost",
         ) as calling,
     ):
         yield calling

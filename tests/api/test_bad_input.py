@@ -54,6 +54,8 @@ REFUSED: dict[str, tuple[bytes, str, str | None]] = {
     "infinity": (parameters('{"extra_body": {"a": [1, -Infinity]}}'), "invalid_json",
                  "parameters.extra_body.a[1]"),
     "1e999": (parameters('{"temperature": 1e999}'), "invalid_json", "parameters.temperature"),
+    "beyond 64 bits too": (parameters('{"temperature": 1e30}'), "invalid_request",
+                           "parameters.temperature"),
     "beyond 64 bits": (parameters('{"seed": 18446744073709551616}'), "invalid_request",
                        "parameters.seed"),
     "5000 digits": (parameters('{"seed": %s}' % ("1" * 5000)), "invalid_json", None),
@@ -210,6 +212,31 @@ async def test_unknown_paths_and_methods_have_the_one_form_too(
     ):
         answer = await client.request(method, path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    for path, takes in (("/v1/jobs", "GET, POST"), ("/v1/files/x", "DELETE, GET")):
+        assert (await client.put(path)).headers["allow"] == takes
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("messages", {"system": [{}]}, "system"),
+        ("messages", {"system": [{"type": "text", "text": {}}]}, "system"),
+        ("messages", {"tool_choice": {"type": []}}, "tool_choice"),
+        ("messages", {"tool_choice": {"type": "tool"}}, "tool_choice"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+         "input[0]"),
+        ("responses", {"input": [{"type": "function_call", "call_id": "c", "name": "f",
+                                  "arguments": {}}]}, "input[0]"),
+    ],
+)  # fmt: skip
+async def test_a_block_of_the_wrong_kind_is_named_and_never_a_500(
+    client: httpx2.AsyncClient, path: str, fields: dict[str, Any], param: str
+) -> None:
+    usual: dict[str, Any] = {"model": "echo"}
+    if path == "messages":
+        usual |= {"max_tokens": 5, "messages": [{"role": "user", "content": "Hello?"}]}
+    answer = await client.post(f"/v1/{path}", json=usual | fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 async def test_a_body_over_the_cap_is_refused_before_it_is_read(

@@ -66,7 +66,6 @@ async def test_a_batch_is_created_read_and_listed(client: httpx2.AsyncClient) ->
         ({"completion_window": "0h"}, "completion_window"),
         ({"completion_window": "31d"}, "completion_window"),
         ({"endpoint": "/v1/embeddings"}, "endpoint"),
-        ({"input_file_id": "file-none"}, "input_file_id"),
         ({"metadata": {"k": 7}}, "metadata.k"),
         ({"model": "echo"}, "model"),
     ],
@@ -78,9 +77,12 @@ async def test_what_cannot_be_a_batch_is_refused_by_name(
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
-async def test_a_file_for_something_else_is_no_input(client: httpx2.AsyncClient) -> None:
+async def test_a_file_for_something_else_or_none_is_no_input(client: httpx2.AsyncClient) -> None:
     file_id = (await upload(client, line("a"), "user_data")).json()["id"]
-    assert (await create(client, file_id)).status_code == 400
+    for given, status in ((file_id, 409), ("file-none", 404)):
+        answer = await create(client, given)
+        assert answer.status_code == status
+        assert answer.json()["error"]["param"] == "input_file_id"
 
 
 async def test_the_same_key_is_the_same_batch(

@@ -148,7 +148,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(
     _, writer = await asyncio.open_connection(url.host, url.port)
     head = 'Content-Disposition: form-data; name="file"; filename="x"'
     writer.write(
-        f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\n"
+        f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM}\r\n"
         f"Content-Length: 100000000\r\n\r\n--b0\r\n{head}\r\n\r\n".encode()
         + b"a\n" * 600_000
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from api.main import listen, serve
-from backchannel import __version__, lifecycle
+from api.main import listen, serve, who_may
+from backchannel import __version__, keys, lifecycle
 from backchannel.db import Database
 from backchannel.errors import SetupError
 from backchannel.settings import Settings
@@ -79,7 +79,10 @@ async def test_without_its_database_it_lives_but_is_not_ready(
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_other_machines_are_let_in_only_when_the_operator_says_so(host: str) -> None:
+def test_other_machines_are_let_in_only_when_the_operator_says_so(
+    host: str, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKCHANNEL_DATABASE_URL", sqlite_url)
     with pytest.raises(SetupError, match="BACKCHANNEL_ALLOW_OPEN_BIND"):
         serve(host, 0)
 
@@ -87,6 +90,20 @@ def test_other_machines_are_let_in_only_when_the_operator_says_so(host: str) -> 
 def test_with_the_operator_s_word_it_listens_anywhere() -> None:
     with listen("0.0.0.0", 0, open_bind=True) as listening:
         assert listening.getsockname()[0] == "0.0.0.0"
+
+
+def test_with_a_key_it_listens_anywhere_and_without_any_good_one_it_is_not_open(
+    database: Database, settings: Settings
+) -> None:
+    wide = settings.model_copy(update={"allow_open_bind": True})
+    assert who_may(settings, "127.0.0.1") == (False, True)
+    assert who_may(settings, "0.0.0.0") == (False, False)
+    assert who_may(wide, "0.0.0.0") == (False, True)
+    database.write_now(lambda c: keys.add(c, keys.NewKey("alice")))
+    for host in ("127.0.0.1", "0.0.0.0"):
+        assert who_may(settings, host) == who_may(wide, host) == (True, False)
+    database.write_now(lambda c: keys.revoke(c, "alice"))
+    assert who_may(wide, "127.0.0.1") == (False, False)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.9.9.9"])

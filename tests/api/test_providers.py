@@ -37,7 +37,9 @@ async def test_the_list_says_who_is_available_and_why_and_shows_no_key(
     app = create_app(Settings(database_url=sqlite_url, redis_url=redis_url))
     async with (
         app.router.lifespan_context(app),
-        httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://api") as client,
+        httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app), base_url="http://localhost"
+        ) as client,
     ):
         answer = await client.get("/v1/providers")
         assert SECRET not in answer.text

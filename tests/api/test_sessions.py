@@ -93,6 +93,19 @@ async def test_turns_stand_in_order_with_their_jobs_states(
     assert numbers == sorted(set(numbers))
 
 
+async def test_an_answer_without_a_word_is_a_turn_too(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    session = (await begin(client))["id"]
+    job_id = (await turn(client, session))["id"]
+    claim = makers.calling(database, job_id)
+    database.write_now(lambda c: lifecycle.finish(c, claim, makers.outcome(message=None)))
+    whole = (await client.get(f"/v1/sessions/{session}")).json()
+    assert [each["content"] for each in whole["messages"]] == ["Hello?", ""]
+    following = makers.claimed(database, (await turn(client, session))["id"])
+    assert [each["role"] for each in following.messages] == ["user", "assistant", "user"]
+
+
 async def test_the_system_prompt_is_said_before_the_history_and_a_job_may_replace_it(
     client: httpx2.AsyncClient, play: Play
 ) -> None:

@@ -130,6 +130,7 @@ async def test_a_span_of_time_is_half_open(
     [
         ({"group_by": "colour"}, "group_by"),
         ({"since": "yesterday"}, "since"),
+        ({"since": "0.5"}, "since"),  # no seconds since 1970
         ({"until": "2024-10-05T00:00:00"}, "until"),
         ({"from": "2024-10-05T00:00:00Z"}, "from"),
     ],

@@ -103,6 +103,14 @@ def test_true_is_no_number(name: str) -> None:
         check_parameters({name: True}, OPENAI)
 
 
+def test_a_number_without_a_fraction_is_whole() -> None:
+    kept = check_parameters({"seed": 5.0, "max_tokens": 2.0}, OPENAI)
+    assert {name: repr(value) for name, value in kept.items()} == {"seed": "5", "max_tokens": "2"}
+    for value in (5.5, 1e300):
+        with pytest.raises(InvalidRequest, match="seed"):
+            check_parameters({"seed": value}, OPENAI)
+
+
 INSIDE: list[tuple[dict[str, Any], str]] = [
     ({"n": 2}, "one job per answer"),
     ({"max_tokens": 1, "max_completion_tokens": 1}, "not both"),

@@ -35,7 +35,7 @@ COMMANDS = list(_commands(typer.main.get_command(app)))
 def test_the_nouns_are_all_there() -> None:
     assert {path[0] for path in COMMANDS if path} == {
         "run", "up", "api", "worker", "flower", "jobs", "sessions", "usage", "providers", "keys",
-        "doctor", "webhooks",
+        "callers", "doctor", "webhooks",
     }  # fmt: skip
     assert {path[1] for path in COMMANDS if path[:1] == ("jobs",) and len(path) > 1} == {
         "show", "cancel", "retry", "watch",

@@ -533,7 +533,7 @@ def test_responses_follow_one_another_and_branch(client: OpenAI) -> None:
 
     unkept = client.responses.create(**ask, input="one", store=False)
     for missing in (unkept.id, "resp_0"):
-        with pytest.raises(openai.BadRequestError) as error:
+        with pytest.raises(openai.NotFoundError) as error:
             client.responses.create(**ask, input="two", previous_response_id=missing)
         assert error.value.code == "previous_response_not_found"
 
