@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from backchannel.notices import EVENT_TYPES
 from backchannel.parameters import KNOWN, OURS, SHAPES
 
 Schema = dict[str, Any]
@@ -63,6 +64,25 @@ def _not_both(first: Schema, second: Schema) -> Schema:
 def _given(name: str, kind: str) -> Schema:
     return {"required": [name], "properties": {name: {"type": kind}}}
 
+
+# ---------------------------------------------------------------- addresses
+
+_HOST = "[a-z][a-z0-9]{0,30}(\\.[a-z][a-z0-9]{0,30}){1,3}"
+BASE_URL: Schema = {
+    "type": "string",
+    "pattern": f"^https?://{_HOST}(/[A-Za-z0-9._~-]{{1,20}}){{0,4}}$",
+}
+WEB_URL: Schema = {
+    "type": "string",
+    "pattern": f"^https?://{_HOST}(/[A-Za-z0-9._~-]{{0,20}}){{0,4}}$",
+}
+MODEL: Schema = {"type": "string", "pattern": "^[!-~]{1,256}$"}
+EVENTS: Schema = {
+    "type": "array",
+    "items": {"enum": list(EVENT_TYPES)},
+    "minItems": 1,
+    "maxItems": 2 * len(EVENT_TYPES),
+}
 
 # ---------------------------------------------------------------- parameters
 
@@ -228,6 +248,15 @@ _MESSAGE_CHOICE = {
 
 # ---------------------------------------------------------------- together
 
+_MESSAGE_BODY: Schema = {
+    "properties": {
+        "messages": _list(_TURNS, minItems=1),
+        "system": {"anyOf": [TEXT, _PLAIN, NULL]},
+        "tools": _or_null(_list(_MESSAGE_TOOL)),
+        "tool_choice": _or_null(_MESSAGE_CHOICE),
+        "thinking": _or_null(FREE),
+    }
+}
 BODIES: dict[str, Schema] = {
     "CreateJob": {
         "properties": {"parameters": _or_null({**_just({}, **PARAMETERS), **ONE_CAP})},
@@ -251,15 +280,28 @@ BODIES: dict[str, Schema] = {
         **_FOLLOWS_OR_IN,
     },
     "Text": {"properties": {"format": _or_null(_FORMAT)}},
-    "CreateMessage": {
+    "CreateMessage": _MESSAGE_BODY,
+    "CountTokens": _MESSAGE_BODY,
+    "NewProvider": {
         "properties": {
-            "messages": _list(_TURNS, minItems=1),
-            "system": {"anyOf": [TEXT, _PLAIN, NULL]},
-            "tools": _or_null(_list(_MESSAGE_TOOL)),
-            "tool_choice": _or_null(_MESSAGE_CHOICE),
-            "thinking": _or_null(FREE),
+            "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9 ._()-]{0,49}$"},
+            "base_url": BASE_URL,
+            "default_model": MODEL,
+            "models": _list(MODEL, maxItems=1000),
         }
     },
+    "EditProvider": {
+        "properties": {
+            "base_url": _or_null(BASE_URL),
+            "default_model": _or_null(MODEL),
+            "models": _or_null(_list(MODEL, maxItems=1000)),
+        }
+    },
+    "CreateWebhook": {"properties": {"url": WEB_URL, "event_types": EVENTS}},
+    "ChangeWebhook": {
+        "properties": {"url": _or_null(WEB_URL), "event_types": _or_null(EVENTS)}
+    },
+    "TestWebhook": {"properties": {"event_type": _or_null(_const(*EVENT_TYPES))}},
     "OutputConfig": {
         "properties": {"format": _or_null(_with({"type": _const("json_schema")}, schema=FREE))}
     },

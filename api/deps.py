@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
 from redis.asyncio import Redis
 
 from api.auth import Gate, scope_of
@@ -117,8 +116,15 @@ IdempotencyKey = Annotated[
 _CALLER = "backchannel.caller"
 
 
-class _StrictRequest(Request):
+class StrictRequest(Request):
+    """A request whose body is capped and whose JSON is strict."""
+
     async def body(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            TooLarge: It is over the cap.
+        """
         if not hasattr(self, "_body"):
             cap = self.app.state.resources.settings.max_body_bytes
             chunks: list[bytes] = []
@@ -136,6 +142,11 @@ class _StrictRequest(Request):
         return self._body
 
     async def json(self) -> Any:
+        """The body, decoded.
+
+        Raises:
+            InvalidRequest: It is not strictly JSON.
+        """
         return decode(await self.body())
 
 
@@ -152,7 +163,7 @@ class StrictRoute(APIRoute):
     """
 
     def get_route_handler(self) -> Handler:
-        handle = self.around(super().get_route_handler())
+        handle = super().get_route_handler()
         scope = scope_of(self.path, self.methods or ())
 
         async def strictly(request: Request) -> Response:
@@ -160,45 +171,6 @@ class StrictRoute(APIRoute):
             request.scope[_CALLER] = await gate.admit(request.scope["headers"], scope)
             if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
                 raise InvalidRequest("The address contains a NUL character.")
-            return await handle(_StrictRequest(request.scope, request.receive))
+            return await handle(StrictRequest(request.scope, request.receive))
 
         return strictly
-
-    def around(self, handle: Handler) -> Handler:
-        """What handles a strict request; FastAPI as it is, if no subclass knows better."""
-        return handle
-
-
-class DirectRoute(StrictRoute):
-    """A route whose endpoint takes ``(asked, its, caller, response)``, called directly.
-
-    For the POST of a job: FastAPI's resolution of parameters costs more than all else of it. What
-    is not plainly right, and an Idempotency-Key, goes FastAPI's way, which says what is wrong.
-    """
-
-    def around(self, handle: Handler) -> Handler:
-        """See the class."""
-        assert self.body_field is not None
-        model = self.body_field.field_info.annotation
-        assert isinstance(model, type)
-        assert issubclass(model, BaseModel)
-
-        async def directly(request: Request) -> Response:
-            headers = request.headers
-            if headers.get("content-type") != "application/json" or "idempotency-key" in headers:
-                return await handle(request)
-            if not await request.body():
-                return await handle(request)
-            try:
-                asked = model.model_validate(await request.json())
-            except ValidationError:
-                return await handle(request)
-            response = Response(status_code=self.status_code or 200, media_type="application/json")
-            made = await self.endpoint(
-                asked, await _resources(request), await _caller(request), response
-            )
-            response.body = made.model_dump_json().encode()
-            response.headers["content-length"] = str(len(response.body))
-            return response
-
-        return directly

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, and_, bindparam, select
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from api.deps import Caller, DirectRoute, IdempotencyKey, Resources, Shared, StrictRoute
+from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from backchannel import bus, keys
 from backchannel.accept import Accepted, NewJob, accept, accept_many
 from backchannel.background import end
@@ -39,7 +39,6 @@ from backchannel.tables import (
 from backchannel.tiers import AUTO, rule_of
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute)
-direct = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=DirectRoute)
 
 _own = and_(jobs.c.id == bindparam("job"), jobs.c.caller == bindparam("who"))
 # Made once: to put a statement together costs more than to run it.
@@ -64,7 +63,7 @@ PING_S = 10  # below the 15 to 60 s after which proxies give up on a silent stre
 # ---------------------------------------------------------------- create
 
 
-@direct.post("", status_code=202)
+@router.post("", status_code=202)
 async def create_job(
     asked: CreateJob, its: Shared, caller: Caller, response: Response, key: IdempotencyKey = None
 ) -> Job:

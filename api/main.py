@@ -38,12 +38,13 @@ from api import (
 )
 from api.auth import is_loopback
 from api.deps import open_resources
+from api.direct import Direct
 from api.message_events import error_body
 from api.openapi import document
 from backchannel import __version__, keys
 from backchannel.db import create, migrate
 from backchannel.errors import BackchannelError, InvalidRequest, NotFound, SetupError
-from backchannel.schemas import not_valid, place_of
+from backchannel.schemas import CreateJob, not_valid, place_of
 from backchannel.settings import Settings, get_settings
 
 log = structlog.get_logger()
@@ -54,13 +55,13 @@ GRACE_S = 5
 
 
 # In the order in which they are looked through: what is asked for most often first.
-ROUTERS = [jobs.direct] + [
+ROUTERS = [
     module.router
     for module in (
         jobs, files, batches, sessions, chat, responses, messages, models, usage, providers,
         provider_tries, webhooks, deliveries, health,
     )
-]  # fmt: skip
+] + [webhooks.theirs]  # fmt: skip
 
 _TELEMETRY = re.compile("OTEL_")
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
@@ -89,6 +90,7 @@ def create_app(settings: Settings, host: str = LOOPBACK) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     app.openapi = partial(document, app, settings)  # type: ignore[method-assign]  # as FastAPI has it done
+    app.add_middleware(Direct, path=jobs.router.prefix, form=CreateJob, endpoint=jobs.create_job)
     app.add_exception_handler(BackchannelError, _refused)
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _http)

@@ -12,8 +12,8 @@ from api.faces import STREAMED, Face, LeavingCancels, failure_of, finished, stre
 from api.jobs import checked, submit
 from api.message_events import MessageEvents, message
 from api.message_input import NAMES, CountTokens, CreateMessage, messages_of, parameters_of
+from backchannel.choice import choose
 from backchannel.errors import naming
-from backchannel.parameters import check_parameters
 from backchannel.schemas import CreateJob
 from backchannel.tables import SUCCEEDED
 
@@ -57,10 +57,16 @@ async def create_message(
 
 
 @router.post("/count_tokens")
-async def count_tokens(asked: CountTokens, its: Shared) -> dict[str, int]:
+async def count_tokens(asked: CountTokens, its: Shared, caller: Caller) -> dict[str, int]:
     """About how long a message's input would be, judged by its characters: nobody is asked."""
     counted = ModelEstimate()
     with naming(NAMES):
-        provider = its.registry.resolve(asked.model).provider
-        counted.add(None, messages_of(asked), check_parameters(parameters_of(asked), provider))
+        said, parameters = messages_of(asked), parameters_of(asked)
+        choice = await its.roster.answer(
+            (asked.model,),
+            lambda registry: choose(
+                registry, asked.model, said, parameters, force=True, allowed=caller.models
+            ),
+        )
+        counted.add(None, said, choice.parameters)
     return {"input_tokens": counted.input_tokens()}

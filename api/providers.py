@@ -7,10 +7,9 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from fastapi import APIRouter, Query, Request
 from sqlalchemy import Connection, select
 
 from api.deps import Resources, Shared, StrictRoute
@@ -24,14 +23,6 @@ from backchannel.tables import workers
 router = APIRouter(prefix="/v1/providers", tags=["providers"], route_class=StrictRoute)
 
 T = TypeVar("T")
-
-
-class ResetProviders(BaseModel):
-    """That it is meant."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    confirm: bool
 
 
 # ---------------------------------------------------------------- look
@@ -177,11 +168,11 @@ async def remove_provider(provider_id: str, its: Shared) -> dict[str, Any]:
     return {"id": provider_id, "object": "provider.deleted", "deleted": True}
 
 
-@router.post("/reset")
-async def reset_providers(asked: ResetProviders, its: Shared) -> dict[str, Any]:
+@router.delete("")
+async def reset_providers(
+    confirm: Annotated[Literal["true"], Query()], its: Shared
+) -> dict[str, Any]:
     """Remove every provider that was added, with its stored key; the built-in ones stay."""
-    if not asked.confirm:
-        raise InvalidRequest("Nothing was removed: confirm is false.", param="confirm")
     removed = await _change(its, custom_providers.reset)
     return {"object": "provider.reset", "removed": removed}
 

@@ -108,12 +108,12 @@ class TestResult(BaseModel):
     error: str | None
 
 
-routes = APIRouter(tags=["webhooks"], route_class=StrictRoute)
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], route_class=StrictRoute)
 
 # ---------------------------------------------------------------- make, change, remove
 
 
-@routes.post("", status_code=201)
+@router.post("", status_code=201)
 async def create_webhook(
     asked: CreateWebhook, its: Shared, caller: Caller, response: Response
 ) -> WebhookWithSecret:
@@ -146,7 +146,7 @@ async def create_webhook(
     return WebhookWithSecret(**made.model_dump(), signing_secret=secret)
 
 
-@routes.patch("/{webhook_id}")
+@router.patch("/{webhook_id}")
 async def change_webhook(
     webhook_id: str, asked: ChangeWebhook, its: Shared, caller: Caller
 ) -> Webhook:
@@ -170,7 +170,7 @@ async def change_webhook(
     return await its.db.write(write)
 
 
-@routes.delete("/{webhook_id}")
+@router.delete("/{webhook_id}")
 async def remove_webhook(webhook_id: str, its: Shared, caller: Caller) -> DeletedWebhook:
     """Remove a webhook and its deliveries; what is being sent now may still arrive."""
 
@@ -182,7 +182,7 @@ async def remove_webhook(webhook_id: str, its: Shared, caller: Caller) -> Delete
     return DeletedWebhook(id=webhook_id)
 
 
-@routes.post("/{webhook_id}/rotate")
+@router.post("/{webhook_id}/rotate")
 async def rotate_secret(
     webhook_id: str, its: Shared, caller: Caller, asked: RotateSecret | None = None
 ) -> WebhookWithSecret:
@@ -214,7 +214,7 @@ class WebhooksQuery(BaseModel):
     after: str | None = Field(None, description="The `last_id` of the page before.")
 
 
-@routes.get("")
+@router.get("")
 async def list_webhooks(
     asked: Annotated[WebhooksQuery, Query()], its: Shared, caller: Caller
 ) -> WebhookList:
@@ -234,7 +234,7 @@ async def list_webhooks(
     )
 
 
-@routes.get("/{webhook_id}")
+@router.get("/{webhook_id}")
 async def get_webhook(webhook_id: str, its: Shared, caller: Caller) -> Webhook:
     """A webhook as it stands."""
     return await its.db.read(lambda c: _shown(found_webhook(c, webhook_id, caller)))
@@ -243,7 +243,7 @@ async def get_webhook(webhook_id: str, its: Shared, caller: Caller) -> Webhook:
 # ---------------------------------------------------------------- test
 
 
-@routes.post("/{webhook_id}/test")
+@router.post("/{webhook_id}/test")
 async def send_test(
     webhook_id: str, its: Shared, caller: Caller, asked: TestWebhook | None = None
 ) -> TestResult:
@@ -334,13 +334,17 @@ def _shown(row: Any) -> Webhook:
     )
 
 
-# ---------------------------------------------------------------- where they stand
+# ---------------------------------------------------------------- where OpenAI's SDK looks for them
 
-router = APIRouter()
-router.include_router(routes, prefix="/v1/webhooks")
-# where OpenAI's SDK looks for them; it changes one with a POST
-_theirs = APIRouter(prefix="/v1/webhook_endpoints", route_class=StrictRoute)
-_theirs.post("/{webhook_id}")(change_webhook)
-_theirs.post("/{webhook_id}/rotate_secret")(rotate_secret)
-router.include_router(_theirs, include_in_schema=False)
-router.include_router(routes, prefix="/v1/webhook_endpoints", include_in_schema=False)
+theirs = APIRouter(prefix="/v1/webhook_endpoints", route_class=StrictRoute, include_in_schema=False)
+for route in router.routes:
+    assert isinstance(route, StrictRoute)
+    theirs.add_api_route(
+        route.path.removeprefix(router.prefix),
+        route.endpoint,
+        methods=list(route.methods or ()),
+        status_code=route.status_code,
+    )
+# the SDK changes one with a POST
+theirs.post("/{webhook_id}")(change_webhook)
+theirs.post("/{webhook_id}/rotate_secret")(rotate_secret)

@@ -54,7 +54,6 @@ def choose(
     """
 
     def check(resolved: Resolved) -> None:
-        check_model(allowed, resolved.id)
         if not force:
             check_capabilities(registry, resolved, messages, parameters)
 
@@ -67,17 +66,22 @@ def choose(
             named = f"auto: {tier}, because {why}"
         found = _of_tier(registry, tier, named, request, parameters, force, allowed)
         kept = check_parameters(parameters, found[0].provider)
-        others = found[1:] if fallbacks is None else _named(registry, fallbacks, kept, check)
+        others = (
+            found[1:] if fallbacks is None else _named(registry, fallbacks, kept, allowed, check)
+        )
         return Choice(found[0], kept, _ids(found[0], others), asked)
     if not fallbacks:
+        if allowed is not None:  # said before that it has no key
+            check_model(allowed, registry.place(asked, "").id)
         resolved = registry.resolve(name)
         kept = check_parameters(parameters, resolved.provider)
         check(resolved)
         return Choice(resolved, kept, None, None)
     first = registry.place(asked, NAMED if name else "the default model")
+    check_model(allowed, first.id)
     kept = check_parameters(parameters, first.provider)
     check(first)
-    able = _named(registry, fallbacks, kept, check)
+    able = _named(registry, fallbacks, kept, allowed, check)
     if registry.key_present(first.provider):
         return Choice(first, kept, _ids(first, able), None)
     if not able:
@@ -138,6 +142,7 @@ def _named(
     registry: Registry,
     fallbacks: Sequence[str],
     parameters: dict[str, Any],
+    allowed: Sequence[str] | None,
     check: Callable[[Resolved], None],
 ) -> list[Resolved]:
     """The fallbacks that have a key."""
@@ -147,6 +152,7 @@ def _named(
             if name in NAMES:
                 raise InvalidRequest("only models can be fallbacks, and this is a list of them.")
             resolved = registry.place(name, "")
+            check_model(allowed, resolved.id)
             check_parameters(parameters, resolved.provider)
             check(resolved)
         except InvalidRequest as error:

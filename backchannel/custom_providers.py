@@ -77,9 +77,8 @@ def edit(
     """
     _refuse_built_in(provider_id, "Another address of it is a setting")
     said = changes.model_dump(exclude_unset=True)
-    if not said:
-        raise InvalidRequest("Say what shall be another.", param=None)
-    bump(connection)
+    if said:
+        bump(connection)
     found = connection.execute(_ROWS.where(providers.c.id == provider_id)).first()
     if found is None:
         raise _missing(provider_id)

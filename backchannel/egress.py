@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
-from backchannel.errors import InvalidRequest, SetupError
+from backchannel.errors import EgressRefused, SetupError
 
 if TYPE_CHECKING:
     import aiohttp
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-CODE = "egress_refused"
 SETTING = "BACKCHANNEL_EGRESS_ALLOW"
 PUBLIC_PORTS = frozenset({443, 8443})
 
@@ -69,7 +68,7 @@ _PRINTABLE = re.compile(r"[\x21-\x7e]+")
 
 def refuse(why: str, param: str | None = None) -> NoReturn:
     """Say no: the rule, and what would allow it."""
-    raise InvalidRequest(why, code=CODE, param=param)
+    raise EgressRefused(why, param=param)
 
 
 # ---------------------------------------------------------------- what the operator allowed
@@ -151,7 +150,7 @@ def check_url(url: str, allowed: AllowedHosts, *, loopback: bool = False) -> Non
         loopback: This machine is allowed as well, with any port.
 
     Raises:
-        InvalidRequest: With the code ``egress_refused``, the rule, and what would allow it.
+        EgressRefused: The rule, and what would allow it.
     """
     # whatever two parsers could read differently is refused before either of them reads it
     if not _PRINTABLE.fullmatch(url) or "\\" in url:
@@ -200,7 +199,7 @@ def check_address(
     """Refuse an address that a connection to this host may not go to.
 
     Raises:
-        InvalidRequest: With the code ``egress_refused``.
+        EgressRefused: As above.
     """
     for each in (address, *_embedded(address)):
         if any(each in network for network in _NEVER) or each.is_link_local:
@@ -291,7 +290,7 @@ def guarded_connector(
     """Connections of aiohttp that are checked when they are made; ``options`` are its own.
 
     Raises:
-        InvalidRequest: From a request, with the code ``egress_refused``, before anything is sent.
+        EgressRefused: From a request, before anything is sent.
     """
     from backchannel.connector import GuardedConnector  # aiohttp takes 0.2 s to import
 

@@ -6,7 +6,8 @@ BackchannelError
 │   ├── ProviderKeyMissing    400  the provider needs a key that is not set
 │   ├── UnsupportedParameter  400  a parameter this provider cannot honour
 │   ├── CapabilityMissing     400  images, a schema or tools for a model not known to take them
-│   └── ModelNotAllowed       403  a model that the caller's key is not for
+│   ├── ModelNotAllowed       403  a model that the caller's key is not for
+│   └── EgressRefused         403  an address that the operator has not allowed
 ├── Unauthorized              401  no caller's key, or one that is not good
 ├── Forbidden                 403  not with this key, or not under this name
 ├── NotFound                  404  no such thing, or somebody else's
@@ -91,6 +92,13 @@ class ModelNotAllowed(InvalidRequest):
 
     status = 403
     code = "model_not_allowed"
+
+
+class EgressRefused(InvalidRequest):
+    """An address that the operator has not allowed."""
+
+    status = 403
+    code = "egress_refused"
 
 
 class Unauthorized(BackchannelError):

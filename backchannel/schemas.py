@@ -315,7 +315,7 @@ def check_message(message: Message, place: str) -> None:
 
 
 DoubleTexting = Literal["enqueue", "reject", "interrupt"]
-Budget = Annotated[int, Field(ge=1, le=2**53)]
+Budget = Annotated[int, Field(ge=1, le=2**53), BeforeValidator(whole)]
 
 
 class History(_Request):

@@ -176,8 +176,12 @@ class ClientCache:
             allowed = AllowedHosts.parse(self._settings.egress_allow)
             _guard(http, allowed, loopback=provider.allow_loopback)
         if provider.type == "anthropic":
-            return Endpoint(_anthropic(provider.base_url, secret, http), http, "/v1/messages")
-        return Endpoint(_openai(provider.base_url, secret, http), http, "/chat/completions")
+            return Endpoint(
+                _anthropic(provider.base_url, secret, http), http, "/v1/messages", "/v1/models"
+            )
+        return Endpoint(
+            _openai(provider.base_url, secret, http), http, "/chat/completions", "/models"
+        )
 
     def _retire(self, key: _Key) -> None:
         entry = self._entries.pop(key)

@@ -26,17 +26,19 @@ class Endpoint:
     Args:
         client: For its address and its headers (keys, versions, who calls).
         http: The HTTP client that it was made with; it closes with it.
-        path: Of chats, below the client's base URL.
+        chats: Their path, below the client's base URL.
+        models: The path of the list of models.
     """
 
-    def __init__(self, client: Client, http: httpx2.AsyncClient, path: str) -> None:
+    def __init__(self, client: Client, http: httpx2.AsyncClient, chats: str, models: str) -> None:
         self._client = client
         self._http = http
         said = {**client.default_headers, **client.auth_headers}
         headers = {name: value for name, value in said.items() if isinstance(value, str)}
-        url = str(client.base_url).rstrip("/") + path
-        self._like = http.build_request("POST", url, headers=headers)
+        root = str(client.base_url).rstrip("/")
+        self._like = http.build_request("POST", root + chats, headers=headers)
         del self._like.headers["content-length"]
+        self._models = root + models
 
     async def post(self, body: dict[str, Any]) -> httpx2.Response:
         """Ask; returns once the answer's headers are there. Whoever asked closes the response."""
@@ -46,6 +48,14 @@ class Endpoint:
             headers=self._like.headers,
             content=_encode(body),
             extensions=self._like.extensions,
+        )
+        return await self._http.send(request, stream=True)
+
+    async def list_models(self) -> httpx2.Response:
+        """Ask for the list of models; the response is read and closed as that of `post`."""
+        like = self._like
+        request = httpx2.Request(
+            "GET", self._models, headers=like.headers, extensions=like.extensions
         )
         return await self._http.send(request, stream=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,7 +13,8 @@ import structlog
 from backchannel import errands
 from backchannel.errors import BackchannelError, ProviderError
 from backchannel.registry import Provider
-from workers.providers.failures import classify, failure
+from workers.endpoint import Endpoint
+from workers.providers.failures import classify, failure, refused
 
 if TYPE_CHECKING:
     from workers.process import Process
@@ -70,10 +72,13 @@ async def discover(process: Process, provider: Provider) -> list[str]:
             raise known from None
 
 
-async def _read(provider: Provider, client: Any) -> bytes:
+async def _read(provider: Provider, client: Endpoint) -> bytes:
     body = bytearray()
-    async with client.models.with_streaming_response.list() as response:
-        async for chunk in response.iter_bytes():
+    async with aclosing(await client.list_models()) as response:
+        if not response.is_success:
+            await response.aread()
+            raise refused(response, provider)
+        async for chunk in response.aiter_bytes():
             body += chunk
             if len(body) > MAX_LIST_BYTES:
                 raise failure(

@@ -211,7 +211,7 @@ def reset(
 
     if not yes:
         typer.confirm("Remove all providers that were added, and their keys?", abort=True, err=True)
-    gone = call("POST", "/v1/providers/reset", json={"confirm": True})
+    gone = call("DELETE", "/v1/providers?confirm=true")
     if as_json:
         show_json(gone)
     else:

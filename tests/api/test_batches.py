@@ -105,7 +105,7 @@ async def test_the_same_key_is_the_same_batch(
     assert (await client.delete(f"/v1/files/{file_id}")).status_code == 200
     assert (await create(client, file_id, key="k")).json()["id"] == first.json()["id"]
     assert (await client.post(path, headers=key)).json()["id"] == child
-    assert (await create(client, file_id, key="other")).status_code == 400
+    assert (await create(client, file_id, key="other")).status_code == 404
     assert len((await client.get("/v1/batches")).json()["data"]) == 2
     never = await client.post(f"/v1/batches/{child}/retry")
     assert "begin again" in never.json()["error"]["message"]

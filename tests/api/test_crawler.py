@@ -27,7 +27,7 @@ from tests.backchannel.batching import line
 
 SECRET = "the cat's secret"  # in all that is Alice's
 UNKNOWN = {"job_": "job_0", "chatcmpl-": "chatcmpl-0", "resp_": "resp_0", "session_": "session_0"}
-UNKNOWN |= {"file-": "file-0", "batch_": "batch_0"}
+UNKNOWN |= {"file-": "file-0", "batch_": "batch_0", "wh_": "wh_0", "evt_": "evt_0"}
 
 # Parameters of paths that are no secret: everybody sees the same providers and models.
 PUBLIC = {"model", "provider_id"}
@@ -41,6 +41,18 @@ BODIES: dict[tuple[str, str], Any] = {
     ("post", "/v1/chat/completions/{completion_id}"): {"metadata": {"whose": "bob"}},
     ("post", "/v1/responses"): {"model": "echo", "input": "Hello?"},
     ("post", "/v1/messages"): {"model": "echo", "max_tokens": 9, "messages": SAID},
+    ("post", "/v1/messages/count_tokens"): {"model": "echo", "messages": SAID},
+    ("post", "/v1/webhooks"): {"url": "https://hooks.example.com/bob"},
+    ("patch", "/v1/webhooks/{webhook_id}"): {"name": "Bob's"},
+    ("post", "/v1/webhooks/{webhook_id}/rotate"): {},
+    ("post", "/v1/webhooks/{webhook_id}/test"): {},
+    ("post", "/v1/providers"): {
+        "name": "b",
+        "base_url": "https://b.example.com",
+        "default_model": "m",
+    },
+    ("patch", "/v1/providers/{provider_id}"): {"default_model": "m"},
+    ("post", "/v1/providers/{provider_id}/test"): {},
     ("post", "/v1/batches"): {"input_file_id": "file-0", "endpoint": "/v1/chat/completions"},
 }
 
@@ -65,6 +77,8 @@ class Alice:
         """Make it all."""
         meta = {"secret": SECRET}
         asked: dict[str, Any] = {"model": "echo", "metadata": meta}
+        url = "https://hooks.example.com/alice"
+        webhook = await self.post("/v1/webhooks", {"url": url, "name": SECRET})
         session = await self.post("/v1/sessions", {**asked, "title": SECRET, "system": SECRET})
         turn = await self.post("/v1/jobs", {**asked, "prompt": SECRET, "session": session["id"]})
         await self._answer(turn["id"])
@@ -88,6 +102,7 @@ class Alice:
         batch = (await create(self.client, file_id, metadata=meta, key="the-same-key")).json()
         work(self._database, batch["id"], "succeeded", "failed")
         batch = (await self.client.get(f"/v1/batches/{batch['id']}")).json()
+        listed = await self.client.get(f"/v1/webhooks/{webhook['id']}/deliveries")
         self.client.headers = httpx2.Headers(headers)
         files = [file_id, batch["output_file_id"], batch["error_file_id"]]
         self.ids = {
@@ -97,6 +112,8 @@ class Alice:
             "session_id": [session["id"]],
             "file_id": files,
             "batch_id": [batch["id"]],
+            "webhook_id": [webhook["id"]],
+            "delivery_id": [each["id"] for each in listed.json()["data"]][:2],
         }
 
     async def _newest(self, kind: str) -> str:
@@ -169,7 +186,10 @@ def requests_of_bob(
         secret = [name for name in names(operation, "path") if name not in PUBLIC]
         for name in secret:
             for theirs in every:
-                yield True, method, path.replace(f"{{{name}}}", theirs), send, theirs
+                whole = path.replace(f"{{{name}}}", theirs)
+                for other in secret:
+                    whole = whole.replace(f"{{{other}}}", ids[other][0])
+                yield True, method, whole, send, theirs
         mine = path
         for name in names(operation, "path"):
             mine = mine.replace(f"{{{name}}}", "echo")
@@ -201,6 +221,7 @@ def unknown(theirs: str) -> str:
 
 def test_the_crawler_knows_every_place(document: dict[str, Any]) -> None:
     known = {"job_id", "completion_id", "response_id", "session_id", "file_id", "batch_id"}
+    known |= {"webhook_id", "delivery_id"}
     for method, path, operation in operations(document):
         assert set(names(operation, "path")) <= known | PUBLIC, f"no id for {path}"
         takes = "application/json" in operation.get("requestBody", {}).get("content", {})
@@ -261,6 +282,8 @@ READ = {
     "session_id": ["/v1/sessions/{}"],
     "file_id": ["/v1/files/{}/content"],
     "batch_id": ["/v1/batches/{}"],
+    "webhook_id": ["/v1/webhooks/{}"],
+    "delivery_id": [],  # listed with their webhook, and without a word of what was said
 }
 
 

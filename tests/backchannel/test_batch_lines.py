@@ -98,7 +98,9 @@ def test_a_line_may_have_fallbacks_and_name_a_tier(
     monkeypatch.setenv("BACKCHANNEL_TIERS__FAST", '["groq:none", "ollama:x", "echo:quick"]')
     asked = ask(endpoint, {"model": "auto"} | body)
     assert (asked.resolved.id, asked.fallbacks) == ("ollama:x", ["echo:quick"])
-    line = SimpleNamespace(id="batch_1", caller="local", endpoint=endpoint, left_ms=1_000)
+    line = SimpleNamespace(
+        id="batch_1", caller="local", endpoint=endpoint, left_ms=1_000, models=None
+    )
     raw = json.dumps({"body": {"model": "tier:fast"} | body}).encode()
     registry = build_registry(Settings())
     made = batch_input.job_of_line(line, raw, batch_input.Head(1, "a"), registry)

@@ -106,7 +106,7 @@ def test_every_process_comes_to_run_the_new_version_without_a_job(busy: Stack) -
         ("status-404", "invalid_request", "as asked"),
         ("html", "malformed", "Provider 'attic'"),
         ("badjson", "malformed", "Provider 'attic'"),
-        ("bigtext", "answer_too_large", "MiB"),
+        ("bigtext", "answer_too_large", "8388608 bytes"),
         ("mute", "stalled", "No content within the deadline"),
         ("drop", "disconnected", "closed the connection"),
     ],

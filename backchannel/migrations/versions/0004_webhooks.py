@@ -1,6 +1,6 @@
 """webhooks
 
-Revision ID: 0006
+Revision ID: 0004
 Revises: 0003
 """
 

@@ -1,7 +1,7 @@
 """double-texting, histories and fallbacks
 
-Revision ID: 0007
-Revises: 0003
+Revision ID: 0005
+Revises: 0004
 """
 
 import sqlalchemy as sa
