@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from sqlalchemy import insert
 
 from backchannel import lifecycle
 from backchannel.books import Finished, Outcome, Spent
 from backchannel.db import Database
 from backchannel.events import END, STARTED, encode, end_fields, pack_log
 from backchannel.lifecycle import Claim
+from backchannel.tables import TERMINAL, webhooks
 from chaos.cases import accept_p99_s, case, now, recovery
 from chaos.invariants import extra_calls
 from chaos.world import World
@@ -48,11 +50,20 @@ async def kill_postgres_in_the_middle(world: World, full: bool) -> dict[str, Any
     return {"refused_within_s": round(refused_s, 1), **recovery(world, back)}
 
 
+# Of the jobs' caller, without an API to ask for it: each finish writes its notice.
+WEBHOOK = {
+    **{"id": "wh_races", "caller": "alice", "name": "", "url": "http://127.0.0.1:1/"},
+    **{"event_types": [f"job.{state}" for state in TERMINAL], "secret": b"", "secret_hint": ""},
+    **{"created_ms": 0, "updated_ms": 0},
+}
+
+
 @case("database.finish_races", databases=("sqlite", "postgresql"))
 async def finish_against_reap_against_cancel(world: World, full: bool) -> dict[str, Any]:
     """One job, three processes' writes at the same moment: one wins, once, and the books agree."""
     url = world.stack.env["BACKCHANNEL_DATABASE_URL"]
     dice = random.Random(11)
+    world.database.write_now(lambda c: c.execute(insert(webhooks), WEBHOOK))
     won: Counter[str] = Counter()
     with ExitStack() as stack:
         sides = [Database(url, name=name) for name in ("finisher", "reaper", "canceller")]
