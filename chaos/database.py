@@ -52,9 +52,15 @@ async def kill_postgres_in_the_middle(world: World, full: bool) -> dict[str, Any
 
 # Of the jobs' caller, without an API to ask for it: each finish writes its notice.
 WEBHOOK = {
-    **{"id": "wh_races", "caller": "alice", "name": "", "url": "http://127.0.0.1:1/"},
-    **{"event_types": [f"job.{state}" for state in TERMINAL], "secret": b"", "secret_hint": ""},
-    **{"created_ms": 0, "updated_ms": 0},
+    "id": "wh_races",
+    "caller": "alice",
+    "name": "",
+    "url": "http://127.0.0.1:1/",
+    "event_types": [f"job.{state}" for state in TERMINAL],
+    "secret": b"",
+    "secret_hint": "",
+    "created_ms": 0,
+    "updated_ms": 0,
 }
 
 
