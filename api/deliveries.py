@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from api.deps import Caller, Shared, StrictRoute
+from api.pages import behind, following
 from api.webhooks import found_webhook
 from backchannel import webhooks as store
 from backchannel.errors import Conflict, NotFound
@@ -68,17 +69,14 @@ async def list_deliveries(
     statement = deliveries.select().where(deliveries.c.webhook_id == webhook_id)
     if asked.state is not None:
         statement = statement.where(deliveries.c.state == asked.state)
-    if asked.after is not None:
-        statement = statement.where(deliveries.c.event_id < asked.after)
-    statement = statement.order_by(deliveries.c.event_id.desc()).limit(asked.limit + 1)
+    page = behind(statement, deliveries.c.event_id, asked.after, asked.limit, newest_first=True)
 
     def read(connection: Connection) -> list[Delivery]:
         found_webhook(connection, webhook_id, caller)
-        return [_delivery(row) for row in connection.execute(statement)]
+        return [_delivery(row) for row in connection.execute(page)]
 
     found = await its.db.read(read)
-    data, has_more = found[: asked.limit], len(found) > asked.limit
-    return DeliveryList(data=data, has_more=has_more, next=data[-1].id if has_more else None)
+    return DeliveryList(**following(found, asked.limit))
 
 
 @router.post("/{delivery_id}/replay")

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, and_, bindparam, select
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
+from api.pages import behind, following
 from backchannel import bus, keys
 from backchannel.accept import Accepted, NewJob, accept, accept_many
 from backchannel.background import end
@@ -315,16 +316,11 @@ async def list_jobs(asked: Annotated[JobsQuery, Query()], its: Shared, caller: C
     if asked.created_after is not None:
         wanted.append(jobs.c.created_ms > asked.created_after)
     newest_first = asked.order == "desc"
-    if asked.after is not None:
-        wanted.append(jobs.c.id < asked.after if newest_first else jobs.c.id > asked.after)
-    page = (
-        JOB.where(*wanted)
-        .order_by(jobs.c.id.desc() if newest_first else jobs.c.id)
-        .limit(asked.limit + 1)  # one more tells whether there are more
+    page = behind(
+        JOB.where(*wanted), jobs.c.id, asked.after, asked.limit, newest_first=newest_first
     )
     found = await its.db.read(lambda c: [job_of(row) for row in c.execute(page)])
-    data, has_more = found[: asked.limit], len(found) > asked.limit
-    return JobList(data=data, has_more=has_more, next=data[-1].id if has_more else None)
+    return JobList(**following(found, asked.limit))
 
 
 @router.get("/{job_id}")

@@ -25,3 +25,9 @@ def ends(found: list[Any], limit: int) -> dict[str, Any]:
         "last_id": data[-1].id if data else None,
         "has_more": len(found) > limit,
     }
+
+
+def following(found: list[Any], limit: int) -> dict[str, Any]:
+    """The fields of our own pages: `next` is the ``after`` of the following one."""
+    data, has_more = found[:limit], len(found) > limit
+    return {"data": data, "has_more": has_more, "next": data[-1].id if has_more else None}

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, and_, case, insert, not_, update
 
 from api.deps import Caller, Resources, Shared, StrictRoute
+from api.pages import behind, following
 from backchannel import keys
 from backchannel.errors import NotFound
 from backchannel.lifecycle import NOW, new_id
@@ -76,17 +77,11 @@ async def list_sessions(
     asked: Annotated[SessionsQuery, Query()], its: Shared, caller: Caller
 ) -> SessionList:
     """A page of conversations, the newest first."""
+    own = sessions.select().where(sessions.c.caller == caller)
     newest_first = asked.order == "desc"
-    page = sessions.select().where(sessions.c.caller == caller)
-    if asked.after is not None:
-        page = page.where(
-            sessions.c.id < asked.after if newest_first else sessions.c.id > asked.after
-        )
-    page = page.order_by(sessions.c.id.desc() if newest_first else sessions.c.id)
-    page = page.limit(asked.limit + 1)  # one more tells whether there are more
+    page = behind(own, sessions.c.id, asked.after, asked.limit, newest_first=newest_first)
     found = await its.db.read(lambda c: [session_of(row) for row in c.execute(page)])
-    data, has_more = found[: asked.limit], len(found) > asked.limit
-    return SessionList(data=data, has_more=has_more, next=data[-1].id if has_more else None)
+    return SessionList(**following(found, asked.limit))
 
 
 @router.get("/{session_id}")

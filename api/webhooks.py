@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import Connection, delete, func, insert, null, select, update
 
 from api.deps import Caller, Resources, Shared, StrictRoute
+from api.pages import behind, ends
 from backchannel import webhooks as store
 from backchannel.egress import AllowedHosts, check_url
 from backchannel.errors import Conflict, InvalidRequest, NotFound
@@ -219,19 +220,10 @@ async def list_webhooks(
     asked: Annotated[WebhooksQuery, Query()], its: Shared, caller: Caller
 ) -> WebhookList:
     """A page of webhooks, the newest first."""
-    statement = webhooks.select().where(webhooks.c.caller == caller)
-    if asked.after is not None:
-        statement = statement.where(webhooks.c.id < asked.after)
-    # one more tells whether there are more
-    statement = statement.order_by(webhooks.c.id.desc()).limit(asked.limit + 1)
-    found = await its.db.read(lambda c: [_shown(row) for row in c.execute(statement)])
-    data = found[: asked.limit]
-    return WebhookList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=len(found) > asked.limit,
-    )
+    own = webhooks.select().where(webhooks.c.caller == caller)
+    page = behind(own, webhooks.c.id, asked.after, asked.limit, newest_first=True)
+    found = await its.db.read(lambda c: [_shown(row) for row in c.execute(page)])
+    return WebhookList(**ends(found, asked.limit))
 
 
 @router.get("/{webhook_id}")
