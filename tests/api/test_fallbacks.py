@@ -86,8 +86,8 @@ async def test_the_faces_choose_like_a_job(
     client: httpx2.AsyncClient, play: Play, path: str, body: dict[str, Any]
 ) -> None:
     async def answered(**more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        asking = asyncio.create_task(client.post(path, json=body | more))
         known = {job["id"] for job in (await client.get("/v1/jobs")).json()["data"]}
+        asking = asyncio.create_task(client.post(path, json=body | more))
         async with asyncio.timeout(20):
             while True:
                 found = (await client.get("/v1/jobs")).json()["data"]
