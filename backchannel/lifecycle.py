@@ -560,13 +560,16 @@ class Lapsed(NamedTuple):
     attempt: int
     crashes: int  # with this one, if it counts
     age_ms: int
-    deaths: int  # of workers, since it first ran
+    silent_ms: int  # since its lease was over
+    deaths: int  # of workers, since it first ran; those of the last lease are not known yet
 
-    def is_poison(self, max_crashes: int) -> bool:
-        """Whether it is the job that kills workers.
+    def is_suspect(self, max_crashes: int) -> bool:
+        """Whether it seems to be the job that kills workers.
 
         Not while most of those that died meanwhile died without it: then something else kills
-        them, and an innocent job would be failed for having been there three times.
+        them, and an innocent job would be failed for having been there three times. A worker is
+        known to be dead a lease after its death, so the verdict waits for one more lease: or of
+        many deaths those that clear the job would be missing.
         """
         suspected = self.crashes >= max_crashes and 2 * self.crashes >= self.deaths
         return suspected or self.crashes >= PATIENCE * max_crashes
@@ -598,7 +601,14 @@ _deaths = (
     .scalar_subquery()
 )
 _LAPSED = (
-    select(jobs.c.id, jobs.c.attempt, jobs.c.crashes + _counts, NOW - jobs.c.created_ms, _deaths)
+    select(
+        jobs.c.id,
+        jobs.c.attempt,
+        jobs.c.crashes + _counts,
+        NOW - jobs.c.created_ms,
+        NOW - jobs.c.lease_ms,
+        _deaths,
+    )
     .where(state_is(RUNNING), jobs.c.lease_ms < NOW)
     .limit(1000)
 )

@@ -55,8 +55,9 @@ async def _expire_forever(process: Process) -> None:
 
 async def reap(process: Process) -> None:
     """Put jobs of dead workers back at the head of the line, or fail the ones that kill workers."""
-    for job in await process.db.write(partial(lifecycle.lapsed, lease_s=process.settings.lease_s)):
-        if not job.is_poison(process.settings.max_crashes):
+    lease_s = process.settings.lease_s
+    for job in await process.db.write(partial(lifecycle.lapsed, lease_s=lease_s)):
+        if not job.is_suspect(process.settings.max_crashes):
             if await process.db.write(
                 partial(lifecycle.reap, job_id=job.job_id, attempt=job.attempt)
             ):
@@ -65,6 +66,8 @@ async def reap(process: Process) -> None:
                     job=job.job_id,
                     attempt=job.attempt,
                 )
+            continue
+        if job.silent_ms < lease_s * 1000:
             continue
         why = f"{job.crashes} workers died while running this job."
         end = end_fields(FAILED, error_code="poison", error_message=why)

@@ -516,11 +516,11 @@ def test_a_job_is_no_poison_while_most_workers_die_without_it(database: Database
         return database.read_now(lambda c: lifecycle.lapsed(c, lease_s=0))[0]
 
     few, many = found(0, 6), found(6, 7)
-    assert (few.crashes, few.deaths, few.is_poison(3)) == (3, 6, True)
+    assert (few.crashes, few.deaths, few.is_suspect(3)) == (3, 6, True)
     assert many.deaths > 2 * many.crashes
-    assert not many.is_poison(3)
+    assert not many.is_suspect(3)
     # but it cannot loop
-    assert many._replace(crashes=9).is_poison(3)
+    assert many._replace(crashes=9).is_suspect(3)
 
 
 def test_a_job_that_takes_its_workers_with_it_fails_as_poison(database: Database) -> None:

@@ -27,8 +27,8 @@ def claimed(bench: Bench, job_id: str, owner: str = "dead") -> Claim:
     return claim
 
 
-def lapse(bench: Bench) -> None:
-    bench.database.write_now(lambda c: c.exec_driver_sql("UPDATE jobs SET lease_ms = 1"))
+def lapse(bench: Bench, lease_ms: int = 1) -> None:
+    bench.database.write_now(lambda c: c.exec_driver_sql(f"UPDATE jobs SET lease_ms = {lease_ms}"))
 
 
 async def test_a_dead_worker_s_job_goes_back_with_its_call_on_the_books(
@@ -59,6 +59,31 @@ async def test_a_job_that_kills_workers_fails_as_poison_and_its_stream_ends(
     assert (job.state, job.error_code, job.crashes) == ("failed", "poison", 3)
     end = json.loads(bench.log(job_id)[-1].data)
     assert (end["state"], end["error"]["code"]) == ("failed", "poison")
+
+
+async def test_a_suspect_waits_until_the_deaths_of_the_last_lease_are_known(
+    bench: Bench, process: Process
+) -> None:
+    job_id = bench.accept()
+    claim = claimed(bench, job_id)
+    bench.database.write_now(lambda c: lifecycle.mark_call(c, claim))
+    bench.database.write_now(lambda c: c.exec_driver_sql("UPDATE jobs SET crashes = 2"))
+    now_ms = int(time.time() * 1000)
+    lapse(bench, now_ms - 1000)  # a moment ago
+    process.submit(caretaker.reap(process)).result(timeout=10)
+    assert bench.job(job_id).state == "running"
+    # meanwhile it is known of others that they died at the same time, without this job
+    for number in range(7):
+        bench.database.write_now(
+            lambda c, number=number: lifecycle.sign_on(c, f"dead-{number}", "host", 1, 1)
+        )
+    for sql in (
+        f"UPDATE jobs SET started_ms = {now_ms - 60_000}",
+        f"UPDATE workers SET seen_ms = {now_ms - 40_000} WHERE host = 'host'",
+    ):
+        bench.database.write_now(lambda c, sql=sql: c.exec_driver_sql(sql))
+    process.submit(caretaker.reap(process)).result(timeout=10)
+    assert (bench.job(job_id).state, bench.job(job_id).crashes) == ("queued", 3)
 
 
 async def test_cancelled_and_overdue_jobs_end_without_an_attempt(
