@@ -381,7 +381,7 @@ async def until_finished(
 
 
 async def _finished(its: Resources, job_id: str) -> None:
-    async with its.listener.subscribed(bus.keys_of(its.prefix, job_id).channel) as queue:
+    async with its.listener.subscribed(bus.keys_of(its.prefix, job_id).stream) as queue:
         while (
             await its.db.read(lambda c: c.execute(_STATE, {"job": job_id}).scalar()) not in TERMINAL
         ):

@@ -5,8 +5,8 @@ publishes. It is a cache of what the worker holds: after a FLUSHALL the worker w
 when the job has finished the stored log takes its place.
 
     {prefix}job:{id}     stream; entry seq+1 is event seq, in field "e"
-    {prefix}job:{id}:m   hash {attempt, next, ended}
     {prefix}job:{id}     channel; a message is one or more events, one a line
+    {prefix}job:{id}:m   hash {attempt, next, ended}
     {prefix}cancel       channel; a message is a job id
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 from backchannel import events, faults
 from backchannel.background import end
@@ -30,35 +30,49 @@ from backchannel.pubsub import OUTAGE, Listener
 
 log = structlog.get_logger()
 
-# KEYS: stream, hash, channel.  ARGV: attempt, first seq, "1" if the last event is the end, "1" to
-# replace what is there, ttl in ms, then the events.  Answers {verdict, next seq}.
+# KEYS: two for each job, its stream (whose name is its channel's too) and its hash.  ARGV: for each
+# job its attempt, first seq, "1" if the last event is the end, "1" to replace what is there, ttl in
+# ms, the number of its events, and these.  Answers a verdict for each job; an error is a verdict
+# too, and only its job's.
 APPEND = """
-local attempt, first = tonumber(ARGV[1]), tonumber(ARGV[2])
-local meta = redis.call('HMGET', KEYS[2], 'attempt', 'next', 'ended')
-local known, nxt = tonumber(meta[1] or 0), tonumber(meta[2] or 0)
-if attempt < known then return {'fenced', nxt} end
-if ARGV[4] == '1' then
-  redis.call('DEL', KEYS[1], KEYS[2])
-  nxt = first
-elseif meta[3] then return {'ended', nxt}
-elseif first > nxt then return {'behind', nxt}
-elseif attempt > known and first < nxt then return {'taken', nxt}
+local function append(stream, hash, at)
+  local attempt, first, count = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 5])
+  local meta = redis.call('HMGET', hash, 'attempt', 'next', 'ended')
+  local known, nxt = tonumber(meta[1] or 0), tonumber(meta[2] or 0)
+  if attempt < known then return 'fenced' end
+  if ARGV[at + 3] == '1' then
+    redis.call('DEL', stream, hash)
+    nxt = first
+  elseif meta[3] then return 'ended'
+  elseif first > nxt then return 'behind'
+  elseif attempt > known and first < nxt then return 'taken'
+  end
+  local fresh = {}
+  for i = nxt - first, count - 1 do
+    local event = ARGV[at + 6 + i]
+    redis.call('XADD', stream, string.format('%d-0', first + i + 1), 'e', event)
+    fresh[#fresh + 1] = event
+  end
+  if #fresh > 0 then
+    redis.call('HSET', hash, 'attempt', attempt, 'next', first + count)
+    if ARGV[at + 2] == '1' then redis.call('HSET', hash, 'ended', 1) end
+    redis.call('PEXPIRE', stream, ARGV[at + 4])
+    redis.call('PEXPIRE', hash, ARGV[at + 4])
+    redis.call('PUBLISH', stream, table.concat(fresh, '\\n'))
+  end
+  return 'ok'
 end
-local fresh = {}
-for i = 6 + nxt - first, #ARGV do
-  redis.call('XADD', KEYS[1], string.format('%d-0', first + i - 5), 'e', ARGV[i])
-  fresh[#fresh + 1] = ARGV[i]
+local verdicts, at = {}, 1
+for i = 1, #KEYS, 2 do
+  local kept, verdict = pcall(append, KEYS[i], KEYS[i + 1], at)
+  if not kept and type(verdict) == 'table' then verdict = verdict.err end
+  verdicts[#verdicts + 1] = verdict
+  at = at + 6 + tonumber(ARGV[at + 5])
 end
-if #fresh > 0 then
-  nxt = first + #ARGV - 5
-  redis.call('HSET', KEYS[2], 'attempt', attempt, 'next', nxt)
-  if ARGV[3] == '1' then redis.call('HSET', KEYS[2], 'ended', 1) end
-  redis.call('PEXPIRE', KEYS[1], ARGV[5])
-  redis.call('PEXPIRE', KEYS[2], ARGV[5])
-  redis.call('PUBLISH', KEYS[3], table.concat(fresh, '\\n'))
-end
-return {'ok', nxt}
+return verdicts
 """
+VERDICTS = (b"ok", b"ended", b"behind", b"taken", b"fenced")
+APPEND_AT_ONCE = 100  # jobs in one call of the script, which keeps Redis from all else
 
 # A running job's stream outlives any pause between two events; a finished one is in the database.
 LIVE_TTL_MS = 6 * 3_600_000
@@ -68,16 +82,15 @@ ROLL_CALL_S = 2.0  # a reader that hears nothing looks at the row this often
 
 
 class Keys(NamedTuple):
-    """The names in Redis for one job."""
+    """The names in Redis for one job; the stream's is the channel's too."""
 
     stream: str
     meta: str
-    channel: str
 
 
 def keys_of(prefix: str, job_id: str) -> Keys:
-    """The three names of one job's wire."""
-    return Keys(f"{prefix}job:{job_id}", f"{prefix}job:{job_id}:m", f"{prefix}job:{job_id}")
+    """The names of one job's wire."""
+    return Keys(f"{prefix}job:{job_id}", f"{prefix}job:{job_id}:m")
 
 
 async def read_log(redis: Redis, prefix: str, job_id: str, after: int = -1) -> list[Event]:
@@ -165,14 +178,7 @@ class Stream:
         """The arguments of the next append; empty: there is nothing to send."""
         self._seal()
         fresh = self.log if self._replace else self.log[self._sent :]
-        if not fresh:
-            return []
-        ends = fresh[-1].type == events.END
-        head = (
-            self.attempt, fresh[0].seq, int(ends), int(self._replace),
-            ENDED_TTL_MS if ends else LIVE_TTL_MS,
-        )  # fmt: skip
-        return [*(b"%d" % value for value in head), *(event.data for event in fresh)]
+        return _arguments(self.attempt, fresh, replace=self._replace) if fresh else []
 
     def settle(self, verdict: bytes, sent: int) -> bool:
         """Take the script's verdict on an append; True when there is more to send."""
@@ -202,6 +208,13 @@ class Stream:
         self._sent = len(prior)
         for type_, fields in own:
             self.log.append(events.encode(self.next_seq, type_, fields))
+
+
+def _arguments(attempt: int, fresh: list[Event], *, replace: bool) -> list[bytes]:
+    ends = fresh[-1].type == events.END
+    ttl_ms = ENDED_TTL_MS if ends else LIVE_TTL_MS
+    head = b"%d %d %d %d %d %d" % (attempt, fresh[0].seq, ends, replace, ttl_ms, len(fresh))
+    return [*head.split(), *(event.data for event in fresh)]
 
 
 class Publisher:
@@ -279,32 +292,43 @@ class Publisher:
     async def _send(self, batch: Iterable[Stream]) -> None:
         if not self._sha:
             self._sha = await self._redis.script_load(APPEND)
-        pipe = self._redis.pipeline(transaction=False)
         sending: list[tuple[Stream, int]] = []
+        calls: list[tuple[list[str], list[bytes]]] = []
         for stream in batch:
             if time.monotonic() > stream.valid_until:
                 stream.fenced = True
-            args = [] if stream.fenced else stream.unsent()
-            if args:
+            its = [] if stream.fenced else stream.unsent()
+            if its:
+                if len(sending) % APPEND_AT_ONCE == 0:
+                    calls.append(([], []))
+                keys, arguments = calls[-1]
+                keys += stream.keys
+                arguments += its
                 sending.append((stream, len(stream.log)))
-                pipe.evalsha(self._sha, 3, *stream.keys, *args)
         if not sending:
             return
         if faults.ARMED and any(stream.log[-1].type == events.END for stream, _ in sending):
             faults.hit("end.before")
+        pipe = self._redis.pipeline(transaction=False)
+        for keys, arguments in calls:
+            pipe.evalsha(self._sha, len(keys), *keys, *arguments)
         answers = await pipe.execute(raise_on_error=False)
         if faults.ARMED:
             faults.hit("flush.inside")
         refused: Exception | None = None
-        for (stream, sent), answer in zip(sending, answers, strict=True):
-            if isinstance(answer, NoScriptError):
+        for number, (stream, sent) in enumerate(sending):
+            answer = answers[number // APPEND_AT_ONCE]
+            verdict = answer[number % APPEND_AT_ONCE] if isinstance(answer, list) else answer
+            if isinstance(verdict, NoScriptError):
                 self._sha = ""
                 self.dirty.add(stream)
-            elif isinstance(answer, Exception):
-                refused = answer  # raised once the others are settled: they were taken
-            elif stream.settle(answer[0], sent):
+            elif isinstance(verdict, Exception):
+                refused = verdict  # raised once the others are settled: they were taken
+            elif verdict not in VERDICTS:
+                refused = ResponseError(verdict.decode(errors="replace"))
+            elif stream.settle(verdict, sent):
                 self.dirty.add(stream)
-                if answer[0] == b"taken" and stream.must_rebase:
+                if verdict == b"taken" and stream.must_rebase:
                     stream.rebase(await read_log(self._redis, self.prefix, stream.job_id))
         if refused is not None:
             raise refused
@@ -326,11 +350,9 @@ async def publish_closed(
 ) -> None:
     """Tell live readers of an end no worker wrote; best effort: the stored log is the truth."""
     # as the attempt after the last one: it fences a worker that is frozen in the middle of it
-    args = [b"%d" % v for v in (attempt + 1, log_[0].seq, 1, 1, ENDED_TTL_MS)]
+    arguments = _arguments(attempt + 1, log_, replace=True)
     with contextlib.suppress(*OUTAGE):
-        await redis.eval(
-            APPEND, 3, *keys_of(prefix, job_id), *args, *(event.data for event in log_)
-        )
+        await redis.eval(APPEND, 2, *keys_of(prefix, job_id), *arguments)
 
 
 async def hint_cancel(redis: Redis, prefix: str, job_id: str) -> None:
@@ -352,7 +374,7 @@ async def follow(
     came by both ways. Whatever happens to Redis, the stored log ends the stream.
     """
     last = after
-    async with listener.subscribed(keys_of(prefix, job_id).channel) as queue:
+    async with listener.subscribed(keys_of(prefix, job_id).stream) as queue:
         fresh, finished = await _catch_up(redis, prefix, stored, job_id, last)
         while True:
             for event in fresh:
