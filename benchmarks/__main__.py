@@ -65,14 +65,14 @@ def serving_full(url: str) -> Figures:
 QUICK: dict[str, Part] = {
     "startup": lambda url: startup.run(1, url),
     "publishing": lambda _: publishing.run(),
-    "posts": lambda url: posts.run(2, 1.0, url),
+    "posts": lambda url: posts.run(1, 1.0, url, BOTH[:1]),
     "serving": serving_quick,
     "backlog": lambda _: backlog.run(100_000, 3, BOTH[:1]),
 }
 FULL: dict[str, Part] = {
     "startup": lambda url: startup.run(3, url),
     "publishing": lambda _: publishing.run(),
-    "posts": lambda url: posts.run(5, 1.0, url),
+    "posts": lambda url: posts.run(5, 0.7, url, BOTH),
     "serving": serving_full,
     "backlog": lambda _: backlog.run(100_000, 5, BOTH),
 }
@@ -106,7 +106,7 @@ def main() -> None:
         chosen = arguments.only or ["streams", *parts]
         if "streams" in chosen:
             plans = streams.QUICK if arguments.quick else streams.FULL
-            effort = streams.Effort(1, 0) if arguments.quick else streams.Effort(5, 10)
+            effort = streams.Effort(1, 0) if arguments.quick else streams.Effort(5, 5)
             results.table = streams.run(plans, effort, url)
             keep(arguments.json, results)
         for name, part in parts.items():

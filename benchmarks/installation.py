@@ -21,6 +21,7 @@ from benchmarks.processes import Child, cores, pin
 from tests.servers import free_port, postgres, valkey
 
 READY = "The worker is ready."
+SLOTS = 1000
 POLL_S = 0.02
 # The interpreter itself writes down every import, whoever asks for it.
 SPY = {"PYTHONPROFILEIMPORTTIME": "1"}
@@ -59,20 +60,37 @@ class Installation:
         }
         self.url = ""
 
-    def api(self, *, core: int | None = None, spy: bool = False) -> tuple[Child, float]:
+    def both(self, *, spy: bool = False) -> tuple[Child, Child]:
+        """Start an API and a worker side by side."""
+        api, worker = self._api(None, spy), self._worker(spy)
+        self._until_answering(api)
+        self._until_ready(worker)
+        return api, worker
+
+    def api(self, *, core: int | None = None) -> tuple[Child, float]:
         """Start the API; returns it and the seconds until it answered."""
+        child = self._api(core)
+        return child, self._until_answering(child)
+
+    def worker(self) -> tuple[Child, float]:
+        """Start a worker; returns it and the seconds until it was ready."""
+        child = self._worker()
+        return child, self._until_ready(child)
+
+    def _api(self, core: int | None = None, spy: bool = False) -> Child:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        child = self._start("api", "api", "--port", str(port), core=core, spy=spy)
-        return child, child.until(lambda: answers(f"{self.url}/healthz"), every_s=0.01)
+        return self._start("api", "api", "--port", str(port), core=core, spy=spy)
 
-    def worker(
-        self, slots: int = 1000, *, core: int | None = None, spy: bool = False
-    ) -> tuple[Child, float]:
-        """Start a worker; returns it and the seconds until it was ready."""
-        core = cores()[1] if core is None else core
-        child = self._start("worker", "worker", "--jobs-in-flight", str(slots), core=core, spy=spy)
-        return child, child.until(lambda: READY in child.log.read_text(), every_s=0.01)
+    def _worker(self, spy: bool = False) -> Child:
+        slots = ("--jobs-in-flight", str(SLOTS))
+        return self._start("worker", "worker", *slots, core=cores()[1], spy=spy)
+
+    def _until_answering(self, api: Child) -> float:
+        return api.until(lambda: answers(f"{self.url}/healthz"), every_s=0.01)
+
+    def _until_ready(self, worker: Child) -> float:
+        return worker.until(lambda: READY in worker.log.read_text(), every_s=0.01)
 
     def _start(self, role: str, *argv: str, core: int | None, spy: bool) -> Child:
         child = Child(
@@ -126,8 +144,7 @@ def answers(url: str) -> bool:
 def serving(kind: str, provider: str) -> Iterator[Installation]:
     """An installation with an API and a worker."""
     with installation(kind, provider) as home:
-        home.api()
-        home.worker()
+        home.both()
         yield home
 
 

@@ -13,7 +13,7 @@ from benchmarks.progress import say
 from benchmarks.work import Pace, Work, starting_s
 
 JOBS = 1000
-SLOW = Pace(50, first_ms=3000, each_ms=100)  # so slow that nearly all of them overlap
+SLOW = Pace(20, first_ms=4000, each_ms=100)  # so slow that nearly all of them overlap
 
 
 def run(home: Installation) -> dict[str, float]:

@@ -157,7 +157,8 @@ own time; `posts` are single POSTs on one API process (`empty` and `naive` are w
 with; `us` is the server's CPU time a POST); `lines` is a file for `/v1/batches`, from the upload's
 first byte to its last line checked, and what it took of memory more than one of a tenth of its
 length; `batch` is from the upload to the last finished row; `backlog` is the CPU time to dispatch
-and claim one job with 1,000 and with `deep` queued.
+and claim one job with 1,000 and with `deep` queued; `startup.libraries_s` is the import of FastAPI,
+redis, SQLModel and uvicorn alone.
 
 {figures(results)}
 """

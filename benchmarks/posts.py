@@ -22,7 +22,7 @@ BODY = {"model": "openai:t1-f0-d0", "prompt": "Hello?"}
 CONNECTIONS = 64
 
 
-def run(rounds: int, seconds: float, provider: str) -> dict[str, float]:
+def run(rounds: int, seconds: float, provider: str, kinds: tuple[str, ...]) -> dict[str, float]:
     """POSTs a second and CPU microseconds of the server a POST; no worker runs meanwhile."""
     measured = cores()[1]
     with ExitStack() as stack:
@@ -42,7 +42,7 @@ def run(rounds: int, seconds: float, provider: str) -> dict[str, float]:
             )
             stack.callback(child.stop)
             servers[name] = (f"http://127.0.0.1:{port}", child.pid)
-        for kind in ("sqlite", "postgresql"):
+        for kind in kinds:
             home = stack.enter_context(installation(kind, provider))
             child, _ = home.api(core=measured)
             servers[kind] = (home.url, child.pid)

@@ -17,7 +17,6 @@ from benchmarks.progress import say
 from benchmarks.work import STAMP, Pace
 
 READERS_A_JOB = 10
-PACE = Pace(40, first_ms=5000, each_ms=200, stamped=True)  # the readers are there before the text
 
 
 def run(home: Installation, readers: int) -> dict[str, float]:
@@ -30,8 +29,10 @@ def run(home: Installation, readers: int) -> dict[str, float]:
 
 async def _read(url: str, pid: int, readers: int) -> dict[str, float]:
     watch = _Watch(pid, readers)
+    # the readers are there before the text
+    pace = Pace(30, first_ms=1000 + 2 * readers, each_ms=200, stamped=True)
     async with driver(url) as api:
-        request = api.post("/v1/jobs", {"model": f"openai:{PACE.model}", "prompt": "Hello?"})
+        request = api.post("/v1/jobs", {"model": f"openai:{pace.model}", "prompt": "Hello?"})
         jobs = [
             json.loads((await api.send(request)).body)["id"]
             for _ in range(readers // READERS_A_JOB)

@@ -1,4 +1,4 @@
-"""Start-up times, and which provider SDKs a process has loaded by then."""
+"""Start-up times, what libraries alone take of them, and which provider SDKs are loaded by then."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from benchmarks.work import SHORT, Work
 # Submodules too: `importlib.import_module` goes past the spy, the imports inside do not.
 _SDK = re.compile(r"^import time:.*\| +(openai|anthropic)\b", re.MULTILINE)
 
+# What an API cannot do without: below this it cannot start.
+LIBRARIES = "import fastapi, redis.asyncio, sqlmodel, uvicorn"
+
 
 def run(rounds: int, provider: str) -> dict[str, float]:
     """Seconds until each is ready, and SDKs loaded that nobody used."""
     say("start-up times")
-    found: dict[str, list[float]] = {"help": [], "api": [], "worker": []}
+    found: dict[str, list[float]] = {"help": [], "libraries": [], "api": [], "worker": []}
     with installation("sqlite", provider) as home:
         for _ in range(rounds):
-            found["help"].append(_help_s())
+            found["help"].append(_seconds("-m", "backchannel", "--help"))
+            found["libraries"].append(_seconds("-c", LIBRARIES))
             child, seconds = home.api(core=cores()[1])
             found["api"].append(seconds)
             child.stop()
@@ -39,16 +43,14 @@ def run(rounds: int, provider: str) -> dict[str, float]:
     return {f"startup.{name}_s": median(values) for name, values in found.items()} | unused
 
 
-def _help_s() -> float:
+def _seconds(*argv: str) -> float:
     started = time.monotonic()
-    command = [sys.executable, "-m", "backchannel", "--help"]
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     return time.monotonic() - started
 
 
 def _unused_sdks(home: Installation) -> dict[str, float]:
-    api, _ = home.api(spy=True)
-    worker, _ = home.worker(spy=True)
+    api, worker = home.both(spy=True)
     before = _loaded(api) | _loaded(worker)
     uvloop.run(Backchannel(home).go(Work(SHORT, 1, 1)))
     after = _loaded(worker)
