@@ -11,14 +11,15 @@ from sqlalchemy import Connection, select
 
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.estimate import estimate
-from api.jobs import request_hash
 from api.pages import behind, ends
+from api.requests import request_hash
 from backchannel import batches as store
 from backchannel import files
 from backchannel.batch_input import ENDPOINTS
 from backchannel.batches import NewBatch
+from backchannel.db import NOW
 from backchannel.errors import Conflict, InvalidRequest, NotFound
-from backchannel.lifecycle import NOW, new_id
+from backchannel.ids import new_id
 from backchannel.schemas import Metadata
 from backchannel.tables import BATCH_TERMINAL, CANCELLED, EXPIRED, FAILED, VALIDATING, batches
 

@@ -24,8 +24,9 @@ from api.faces import (
     stream,
     unfinished,
 )
-from api.jobs import checked, submit
+from api.jobs import submit
 from api.pages import behind
+from api.requests import checked
 from backchannel.chat_input import CreateChat
 from backchannel.chat_output import PREFIX, completion, stored_message
 from backchannel.errors import naming

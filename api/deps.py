@@ -22,8 +22,8 @@ from backchannel.pubsub import Listener, connect
 from backchannel.queue import Ringer
 from backchannel.registry import Registry
 from backchannel.roster import Roster
-from backchannel.schemas import decode
 from backchannel.settings import Settings
+from backchannel.strict_json import decode
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from sqlalchemy import Connection, bindparam
 from sse_starlette import EventSourceResponse
 from starlette.types import Message
 
+from api.cancelling import cancelled
 from api.deps import Resources
-from api.jobs import PING_S, Ping, cancelled, follow, until_finished
+from api.jobs import PING_S, Ping, follow, until_finished
 from backchannel.background import end
 from backchannel.batch_input import LINE
 from backchannel.errors import (

@@ -15,16 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
-from api.jobs import request_hash
 from api.multipart import Form, read_form
 from api.pages import behind, ends
+from api.requests import request_hash
 from backchannel import files as store
 from backchannel.batch_output import FIRST_PAGE, Page, next_room, page
-from backchannel.batches import new_file_id
+from backchannel.db import NOW
 from backchannel.errors import BackchannelError, InvalidRequest, NotFound, TooLarge
 from backchannel.file_keys import settle
 from backchannel.files import INPUT, PROCESSED, Chunk, Cutter
-from backchannel.lifecycle import NOW
+from backchannel.ids import new_file_id
 from backchannel.tables import files
 
 router = APIRouter(prefix="/v1/files", tags=["files"], route_class=StrictRoute)

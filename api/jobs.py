@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, and_, bindparam, select
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from api.cancelling import cancel, cancelled
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.pages import behind, following
-from backchannel import bus, keys
+from api.requests import checked, request_hash
+from backchannel import bus
 from backchannel.accept import Accepted, NewJob, accept, accept_many
 from backchannel.background import end
-from backchannel.books import Finished, Outcome
 from backchannel.choice import choose
-from backchannel.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from backchannel.events import END, Event, decode, end_fields, pack_log, unpack_log
-from backchannel.lifecycle import Cancelling, close_queued, request_cancel
-from backchannel.pieces import text_message
-from backchannel.registry import NAMED
+from backchannel.errors import Conflict, NotFound, Unavailable
+from backchannel.events import END, Event, decode, unpack_log
 from backchannel.schemas import JOB, CreateJob, Job, JobList, Moment, job_of
-from backchannel.tables import (
-    CANCELLED,
-    QUEUED,
-    TERMINAL,
-    jobs,
-    requests,
-    results,
-    sessions,
-    turns,
-)
-from backchannel.tiers import AUTO, rule_of
+from backchannel.tables import QUEUED, TERMINAL, jobs, requests, results
+from backchannel.tiers import rule_of
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=StrictRoute)
 
@@ -123,108 +110,6 @@ _NOT_YET: dict[str, Any] = {
     **dict.fromkeys(("error_code", "error_message", "source")),
     **dict.fromkeys(("fallback_from", "interrupted_by", "turns_dropped")),
 }
-
-
-async def checked(
-    its: Resources,
-    caller: keys.Caller,
-    asked: CreateJob,
-    messages: list[dict[str, Any]],
-    key: str | None,
-    *,
-    face: tuple[str, dict[str, Any]] | None = None,
-    keep: bool = False,
-) -> NewJob:
-    """What was asked, with nothing left that could turn out wrong after accept.
-
-    Args:
-        face: The kind of job and the request as it was sent, where another form was translated.
-        keep: Whether the job must be able to give that request back.
-    """
-    kind, sent = face or ("job", asked.model_dump(exclude_unset=True))
-    model, parameters = asked.model, asked.parameters or {}
-    if model is None and asked.session is not None:
-        model = await _model_of_session(its, caller, asked.session)
-    told = messages
-    if model == AUTO and asked.session is not None:
-        told = [*await _said(its, caller, asked.session), *messages]
-    choice = await its.roster.answer(
-        (model, *(asked.fallbacks or ())),
-        lambda registry: choose(
-            registry,
-            model,
-            told,
-            parameters,
-            asked.fallbacks,
-            system=asked.system,
-            force=asked.force,
-            allowed=caller.models,
-        ),
-    )
-    resolved, reason = choice.resolved, choice.resolved.reason
-    if model != asked.model:
-        own = "the session's model"
-        reason = f"the session's {reason}" if choice.rule else reason.replace(NAMED, own)
-    longest = its.settings.job_deadline_s
-    if asked.deadline_s is not None and asked.deadline_s > longest:
-        raise InvalidRequest(f"deadline_s: at most {longest:.0f}.", param="deadline_s")
-    return NewJob(
-        caller=caller,
-        lane=asked.lane,
-        provider=resolved.provider.id,
-        model=resolved.model,
-        requested_model=asked.model,
-        model_reason=reason,
-        model_rule=choice.rule,
-        fallbacks=choice.fallbacks,
-        instructions=asked.system,
-        messages=messages,
-        parameters=choice.parameters,
-        request_hash=request_hash(sent if face is None else {kind: sent}),
-        deadline_s=asked.deadline_s or longest,
-        stream=asked.stream,
-        kind=kind,
-        asked=sent if keep else None,
-        idempotency_key=key,
-        session_id=asked.session,
-        meta=asked.metadata or {},
-        ring=its.ringer.open,
-    )
-
-
-async def _model_of_session(its: Resources, caller: str, session_id: str) -> str:
-    """The session's model, or the rule by which it is chosen for each turn."""
-    current = select(sessions.c.provider, sessions.c.model, sessions.c.model_rule).where(
-        sessions.c.id == session_id, sessions.c.caller == caller
-    )
-    row = await its.db.read(lambda c: c.execute(current).first())
-    if row is None:
-        raise NotFound(f"There is no session '{session_id}'.", param="session")
-    return row.model_rule or f"{row.provider}:{row.model}"
-
-
-async def _said(its: Resources, caller: str, session_id: str) -> list[dict[str, Any]]:
-    """What a session's next turn follows: its system prompt and all its messages."""
-    own = and_(sessions.c.id == session_id, sessions.c.caller == caller)
-    system = select(sessions.c.system).where(own)
-    said = (
-        select(turns.c.message)
-        .join(sessions, sessions.c.id == turns.c.session_id)
-        .where(own)
-        .order_by(turns.c.seq)
-    )
-
-    def read(connection: Connection) -> list[dict[str, Any]]:
-        first = connection.execute(system).scalar()
-        begun = [{"role": "system", "content": first}] if first else []
-        return [*begun, *connection.execute(said).scalars()]
-
-    return await its.db.read(read)
-
-
-def request_hash(request: dict[str, Any]) -> str:
-    """What tells one request from another under the same Idempotency-Key."""
-    return hashlib.sha256(msgspec.json.encode(request, order="deterministic")).hexdigest()
 
 
 @router.post("/{job_id}/retry", status_code=202)
@@ -406,40 +291,6 @@ async def cancel_job(job_id: str, its: Shared, caller: Caller, afterwards: Backg
     """Cancel: a queued job at once, a running one within moments; a finished one stays as it is."""
     await cancel(its, caller, job_id, afterwards)
     return await read_job(its, caller, job_id)
-
-
-async def cancel(its: Resources, caller: str, job_id: str, afterwards: BackgroundTasks) -> None:
-    """Put a cancel on record, and let workers and readers know."""
-    asked = await its.db.write(lambda c: request_cancel(c, job_id, caller))
-    if asked is not None and asked.state == QUEUED:
-        await _cancel_queued(its, job_id, asked, afterwards)
-    elif asked is not None:
-        afterwards.add_task(bus.hint_cancel, its.redis, its.prefix, job_id)
-
-
-async def cancelled(its: Resources, caller: str, job_id: str) -> None:
-    """Cancel a job, outside of any request."""
-    afterwards = BackgroundTasks()
-    await cancel(its, caller, job_id, afterwards)
-    await afterwards()
-
-
-async def _cancel_queued(
-    its: Resources, job_id: str, asked: Cancelling, afterwards: BackgroundTasks
-) -> None:
-    log = await bus.close_log(
-        its.redis, its.prefix, job_id, asked.attempt, asked.age_ms, end_fields(CANCELLED)
-    )
-    outcome = Outcome(CANCELLED, pack_log(log), message=text_message(log))
-
-    def close(connection: Connection) -> Finished | None:
-        return close_queued(connection, job_id, asked.attempt, outcome)
-
-    closed = await its.db.write(close)
-    if closed is not None:
-        its.ringer.ring(closed.next)
-        # the answer does not wait for Redis
-        afterwards.add_task(bus.publish_closed, its.redis, its.prefix, job_id, asked.attempt, log)
 
 
 # ---------------------------------------------------------------- events

@@ -44,8 +44,9 @@ from api.openapi import document
 from backchannel import __version__, keys
 from backchannel.db import create, migrate
 from backchannel.errors import BackchannelError, InvalidRequest, NotFound, SetupError
-from backchannel.schemas import CreateJob, not_valid, place_of
+from backchannel.schemas import CreateJob
 from backchannel.settings import Settings, get_settings
+from backchannel.strict_json import not_valid, place_of
 
 log = structlog.get_logger()
 

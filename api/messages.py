@@ -9,9 +9,10 @@ from fastapi import APIRouter, Header, Request, Response
 from api.deps import Caller, IdempotencyKey, Shared, StrictRoute
 from api.estimate import ModelEstimate
 from api.faces import STREAMED, Face, LeavingCancels, failure_of, finished, stream
-from api.jobs import checked, submit
+from api.jobs import submit
 from api.message_events import MessageEvents, message
 from api.message_input import NAMES, CountTokens, CreateMessage, messages_of, parameters_of
+from api.requests import checked
 from backchannel.choice import choose
 from backchannel.errors import naming
 from backchannel.schemas import CreateJob

@@ -13,9 +13,11 @@ from typing import Any
 from fastapi import APIRouter, BackgroundTasks, Response
 from pydantic import BaseModel, ConfigDict
 
+from api.cancelling import cancel
 from api.deps import Caller, Resources, Shared, StrictRoute
-from api.jobs import cancel, checked, follow, submit
+from api.jobs import follow, submit
 from api.providers import known, live_workers
+from api.requests import checked
 from backchannel import errands, events
 from backchannel.errors import PROVIDER_ERRORS, InvalidRequest, ProviderError
 from backchannel.schemas import CreateJob, Name

@@ -10,8 +10,9 @@ from sqlalchemy import Connection, bindparam, delete, func, insert, literal, sel
 
 from api.faces import Found
 from backchannel.accept import Accepted, NewJob, accept
+from backchannel.db import NOW
 from backchannel.errors import Conflict
-from backchannel.lifecycle import NOW, new_id
+from backchannel.ids import new_id
 from backchannel.tables import TERMINAL, jobs, sessions, turns
 
 _LOCKED = select(sessions).where(sessions.c.id == bindparam("session")).with_for_update()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
+from api.cancelling import cancelled
 from api.chat import cut
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.faces import (
@@ -19,7 +20,8 @@ from api.faces import (
     finished,
     stream,
 )
-from api.jobs import cancelled, checked, stored_log, submit, until_finished
+from api.jobs import stored_log, submit, until_finished
+from api.requests import checked
 from api.response_events import ResponseEvents, finished_response
 from api.response_sessions import entering
 from backchannel.accept import accept

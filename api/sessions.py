@@ -11,9 +11,10 @@ from sqlalchemy import Connection, and_, case, insert, not_, update
 from api.deps import Caller, Resources, Shared, StrictRoute
 from api.pages import behind, following
 from backchannel import keys
+from backchannel.db import NOW
 from backchannel.errors import NotFound
-from backchannel.lifecycle import NOW, new_id
-from backchannel.schemas import (
+from backchannel.ids import new_id
+from backchannel.session_schemas import (
     MESSAGE,
     ChangeSession,
     CreateSession,

@@ -11,9 +11,10 @@ from sqlalchemy import Connection, delete, func, insert, null, select, update
 from api.deps import Caller, Resources, Shared, StrictRoute
 from api.pages import behind, ends
 from backchannel import webhooks as store
+from backchannel.db import NOW
 from backchannel.egress import AllowedHosts, check_url
 from backchannel.errors import Conflict, InvalidRequest, NotFound
-from backchannel.lifecycle import NOW, new_id
+from backchannel.ids import new_id
 from backchannel.notices import EVENT_TYPES
 from backchannel.sealed import seal
 from backchannel.tables import webhooks

@@ -23,8 +23,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from backchannel.books import Doorbell, doorbell
+from backchannel.cancelling import interrupt
+from backchannel.db import NOW
 from backchannel.errors import Conflict, NotFound, key_mismatch
-from backchannel.lifecycle import NOW, interrupt, new_id
+from backchannel.ids import new_id
 from backchannel.tables import (
     INTERACTIVE,
     INTERRUPT,

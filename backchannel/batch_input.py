@@ -14,7 +14,8 @@ from backchannel.errors import InvalidRequest, UnsupportedParameter, naming
 from backchannel.files import MAX_LINE_BYTES
 from backchannel.registry import Registry, Resolved
 from backchannel.response_input import CreateResponse
-from backchannel.schemas import CreateJob, decode, validated
+from backchannel.schemas import CreateJob
+from backchannel.strict_json import decode, validated
 from backchannel.tables import BATCH
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"

@@ -1,38 +1,22 @@
-"""The guarded transitions of a batch: each is one transaction, and the only way its row changes.
+"""The guarded transitions of a batch: each is one transaction, and `turn` alone changes its status.
 
-A planner's step names the place it starts from (``checked``, ``next_line``, ``status``) and does
-nothing where that has moved on: two planners at the same batch do each step once. The counts of
-finished lines are written with their jobs' finish: `counts.count`.
+What its lines do to it is in `batch_lines`; the counts of finished ones are written with their
+jobs' finish: `counts.count`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from sqlalchemy import (
-    Connection,
-    Insert,
-    Update,
-    and_,
-    bindparam,
-    case,
-    delete,
-    exists,
-    insert,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Update, and_, bindparam, case, exists, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from backchannel.accept import NewJob, accept_many
-from backchannel.batch_input import EMPTY, MAX_FAULTS, Fault, Head, duplicate
-from backchannel.db import at_end, now_ms
+from backchannel.db import NOW
 from backchannel.errors import Conflict, key_mismatch
-from backchannel.files import ERROR, OUTPUT, PROCESSED
-from backchannel.lifecycle import new_id
+from backchannel.files import OUTPUT
+from backchannel.ids import new_id
 from backchannel.notices import End, tell
 from backchannel.tables import (
     BATCH_FOLLOWS,
@@ -41,7 +25,6 @@ from backchannel.tables import (
     CANCELLING,
     COMPLETED,
     EXPIRED,
-    FAILED,
     FINALIZING,
     IN_PROGRESS,
     VALIDATING,
@@ -50,28 +33,18 @@ from backchannel.tables import (
     files,
     jobs,
 )
+from backchannel.writer import at_end
 
-NOW = now_ms()
-
-
-def new_file_id() -> str:
-    """A time-ordered id as OpenAI spells those of files."""
-    return new_id("file").replace("_", "-")
+its_row = batches.c.id == bindparam("batch")
 
 
-_its_row = batches.c.id == bindparam("batch")
-_its_line = and_(
-    batch_lines.c.batch_id == bindparam("batch"), batch_lines.c.line == bindparam("its")
-)
-
-
-def _turn(here: str, there: str) -> Update:
+def turn(here: str, there: str) -> Update:
     """The one statement that changes a batch's status; it asks the table of states."""
     if there not in BATCH_FOLLOWS[here]:
         raise AssertionError(f"{there} does not follow {here}")
     return (
         update(batches)
-        .where(_its_row, batches.c.status == here)
+        .where(its_row, batches.c.status == here)
         .values(
             status=there,
             **{f"{there}_ms": NOW},
@@ -145,7 +118,7 @@ def create(connection: Connection, new: NewBatch) -> tuple[str, bool]:
     return str(known.id), False
 
 
-_OWN = batches.select().where(_its_row, batches.c.caller == bindparam("who"))
+_OWN = batches.select().where(its_row, batches.c.caller == bindparam("who"))
 
 
 def find(connection: Connection, batch_id: str, caller: str) -> Any:
@@ -189,285 +162,9 @@ def take(connection: Connection, owner: str) -> list[Any]:
     return sorted(connection.execute(_TAKE, {"owner": owner}), key=lambda row: row.id)
 
 
-# ---------------------------------------------------------------- validate
-
-_CHECKED = (
-    update(batches)
-    .where(_its_row, batches.c.status == VALIDATING, batches.c.checked == bindparam("here"))
-    .values(checked=bindparam("there"), total=batches.c.total + bindparam("more"))
-    .returning(batches.c.caller, batches.c.total, batches.c.faults, batches.c.faults_count)
-)
-_line: dict[str, Any] = {
-    name: bindparam(f"new_{name}") for name in ("batch_id", "line", "custom_id")
-}
-_NEW_LINES: dict[str, Insert] = {
-    "sqlite": sqlite.insert(batch_lines).values(_line).on_conflict_do_nothing(),
-    "postgresql": postgresql.insert(batch_lines).values(_line).on_conflict_do_nothing(),
-}
-_FOUND_FAULTS = (
-    update(batches)
-    .where(_its_row)
-    .values(total=bindparam("lines"), faults=bindparam("named"), faults_count=bindparam("how_many"))
-)
-
-
-def add_lines(
-    connection: Connection,
-    batch_id: str,
-    here: int,
-    heads: Sequence[Head],
-    faults: Sequence[Fault],
-    *,
-    last: bool,
-) -> bool:
-    """The lines of the next chunk; after the last one the batch is in progress, or has failed.
-
-    Returns whether this call did it.
-    """
-    row = connection.execute(
-        _CHECKED, {"batch": batch_id, "here": here, "there": here + 1, "more": len(heads)}
-    ).first()
-    if row is None:
-        return False
-    found = [*faults, *_insert(connection, batch_id, heads)]
-    lines = row.total - (len(found) - len(faults))
-    if last and not lines and not found and not row.faults_count:
-        found = [EMPTY]
-    if found:
-        room = MAX_FAULTS - len(row.faults)
-        named = sorted(found, key=lambda fault: fault.line or 0)[:room]
-        connection.execute(
-            _FOUND_FAULTS,
-            {
-                "batch": batch_id,
-                "lines": lines,
-                "named": [*row.faults, *(fault._asdict() for fault in named)],
-                "how_many": row.faults_count + len(found),
-            },
-        )
-    if last:
-        _conclude(connection, batch_id, row.caller, good=not (row.faults_count or found))
-    return True
-
-
-def _insert(connection: Connection, batch_id: str, heads: Sequence[Head]) -> list[Fault]:
-    """Insert lines; those whose custom_id is there already come back as faults."""
-    if not heads:
-        return []
-    connection.execute(
-        _NEW_LINES[connection.dialect.name],
-        [
-            {"new_batch_id": batch_id, "new_line": head.line, "new_custom_id": head.custom_id}
-            for head in heads
-        ],
-    )
-    there = set(
-        connection.execute(
-            select(batch_lines.c.line).where(
-                batch_lines.c.batch_id == batch_id,
-                batch_lines.c.line.between(heads[0].line, heads[-1].line),
-            )
-        ).scalars()
-    )
-    return [duplicate(*head) for head in heads if head.line not in there]
-
-
-_BEGIN = _turn(VALIDATING, IN_PROGRESS).values(
-    output_file_id=bindparam("output"), error_file_id=bindparam("error")
-)
-_FAIL = _turn(VALIDATING, FAILED)
-
-
-def _conclude(connection: Connection, batch_id: str, caller: str, *, good: bool) -> None:
-    if not good:
-        connection.execute(_FAIL, {"batch": batch_id})  # its lines: `forget_unbegun`
-        at_end(connection, tell, End(caller, batch_id, f"batch.{FAILED}"))
-        return
-    ids = {OUTPUT: new_file_id(), ERROR: new_file_id()}
-    connection.execute(_BEGIN, {"batch": batch_id, "output": ids[OUTPUT], "error": ids[ERROR]})
-    connection.execute(
-        insert(files).values(created_ms=NOW),
-        [
-            {
-                "id": file_id,
-                "caller": caller,
-                "kind": kind,
-                "purpose": "batch_output",
-                "filename": f"{batch_id}_{kind}.jsonl",
-                "status": PROCESSED,
-                "bytes": 0,
-                "batch_id": batch_id,
-            }
-            for kind, file_id in ids.items()
-        ],
-    )
-
-
-AT_ONCE = 5_000  # lines of one statement: longer ones would hold up everybody's commits
-_FORGOTTEN = (
-    select(batch_lines.c.batch_id, batch_lines.c.line)
-    .join(batches, batches.c.id == batch_lines.c.batch_id)
-    .where(batches.c.ended_ms.is_not(None), batches.c.in_progress_ms.is_(None))
-    .limit(AT_ONCE)
-)
-
-
-def forget_unbegun(connection: Connection) -> int:
-    """Remove some lines of batches that never began; returns how many."""
-    lines = connection.execute(_FORGOTTEN).all()
-    if lines:
-        connection.execute(
-            delete(batch_lines).where(_its_line),
-            [{"batch": batch_id, "its": line} for batch_id, line in lines],
-        )
-    return len(lines)
-
-
-_parents = batch_lines.alias("parents")
-_COPY_END = (
-    select(_parents.c.line)
-    .where(_parents.c.batch_id == bindparam("parent"), _parents.c.line > bindparam("here"))
-    .order_by(_parents.c.line)
-    .limit(AT_ONCE)
-)
-_FAILED_LINES = select(_parents.c.line, _parents.c.custom_id).where(
-    _parents.c.batch_id == bindparam("parent"),
-    _parents.c.line > bindparam("here"),
-    _parents.c.line <= bindparam("there"),
-    _parents.c.ok.is_not(True),  # NULL: never planned
-)
-
-
-def copy_lines(connection: Connection, batch_id: str, parent_id: str, here: int) -> bool:
-    """The next failed lines of the batch that this one is a retry of."""
-    seen = connection.execute(_COPY_END, {"parent": parent_id, "here": here}).scalars().all()
-    there = seen[-1] if seen else here
-    lines = connection.execute(
-        _FAILED_LINES, {"parent": parent_id, "here": here, "there": there}
-    ).all()
-    row = connection.execute(
-        _CHECKED, {"batch": batch_id, "here": here, "there": there, "more": len(lines)}
-    ).first()
-    if row is None:
-        return False
-    _insert(connection, batch_id, [Head(*line) for line in lines])
-    if len(seen) < AT_ONCE:
-        _conclude(connection, batch_id, row.caller, good=True)
-    return True
-
-
-_LATE_CHECK = _turn(VALIDATING, EXPIRED).values(total=0).returning(batches.c.caller)
-
-
-def expire_unchecked(connection: Connection, batch_id: str) -> bool:
-    """End a batch whose time was over before its file was read."""
-    row = connection.execute(_LATE_CHECK, {"batch": batch_id}).first()
-    if row is None:
-        return False
-    at_end(connection, tell, End(row.caller, batch_id, f"batch.{EXPIRED}"))
-    return True
-
-
-# ---------------------------------------------------------------- plan
-
-
-class Refused(NamedTuple):
-    """A line that cannot be a job: an HTTP status and an error body."""
-
-    line: int
-    status: int
-    error: dict[str, Any]
-
-
-_UNPLANNED = (
-    select(batch_lines.c.line, batch_lines.c.custom_id)
-    .where(batch_lines.c.batch_id == bindparam("batch"), batch_lines.c.line >= bindparam("here"))
-    .order_by(batch_lines.c.line)
-    .limit(bindparam("room"))
-)
-
-
-def unplanned(connection: Connection, batch_id: str, here: int, room: int) -> list[Head]:
-    """The next lines that are not jobs yet."""
-    rows = connection.execute(_UNPLANNED, {"batch": batch_id, "here": here, "room": room})
-    return [Head(*row) for row in rows]
-
-
-_PLANNED = (
-    update(batches)
-    .where(_its_row, batches.c.status == IN_PROGRESS, batches.c.next_line == bindparam("here"))
-    .values(
-        next_line=bindparam("there"),
-        planned=batches.c.planned + bindparam("lines"),
-        failed=batches.c.failed + bindparam("refused"),
-        last_seq=batches.c.last_seq + bindparam("refused"),
-    )
-    .returning(batches.c.last_seq)
-)
-_IS_JOB = update(batch_lines).where(_its_line).values(job_id=bindparam("job"))
-_IS_REFUSED = (
-    update(batch_lines)
-    .where(_its_line)
-    .values(
-        ok=False,
-        done_seq=bindparam("seq"),
-        error_status=bindparam("status"),
-        error=bindparam("why"),
-    )
-)
-
-
-def plan(
-    connection: Connection,
-    batch_id: str,
-    here: int,
-    there: int,
-    new: Sequence[NewJob],
-    refused: Sequence[Refused],
-) -> bool:
-    """Make jobs of the lines from `here` up to before `there`; False: somebody else has."""
-    row = connection.execute(
-        _PLANNED,
-        {
-            "batch": batch_id,
-            "here": here,
-            "there": there,
-            "lines": len(new) + len(refused),
-            "refused": len(refused),
-        },
-    ).first()
-    if row is None:
-        return False
-    ids = [accepted.job_id for accepted in accept_many(connection, new)]
-    if ids:
-        connection.execute(
-            _IS_JOB,
-            [
-                {"batch": batch_id, "its": job.line, "job": job_id}
-                for job_id, job in zip(ids, new, strict=True)
-            ],
-        )
-    if refused:
-        first = row.last_seq - len(refused) + 1
-        connection.execute(
-            _IS_REFUSED,
-            [
-                {
-                    "batch": batch_id,
-                    "its": each.line,
-                    "seq": first + number,
-                    "status": each.status,
-                    "why": each.error,
-                }
-                for number, each in enumerate(refused)
-            ],
-        )
-    return True
-
-
 # ---------------------------------------------------------------- cancel and end
 
-_CANCEL = tuple(_turn(here, CANCELLING) for here in (VALIDATING, IN_PROGRESS))
+_CANCEL = tuple(turn(here, CANCELLING) for here in (VALIDATING, IN_PROGRESS))
 
 
 def cancel(connection: Connection, batch_id: str, caller: str) -> Any:
@@ -481,15 +178,27 @@ def cancel(connection: Connection, batch_id: str, caller: str) -> Any:
     row = find(connection, batch_id, caller)
     if row is None or row.status in (CANCELLING, CANCELLED):
         return row
-    if not any(connection.execute(turn, {"batch": batch_id}).rowcount for turn in _CANCEL):
+    if not any(connection.execute(step, {"batch": batch_id}).rowcount for step in _CANCEL):
         raise Conflict(
             f"{batch_id} is {row.status}: there is nothing left to cancel.", code="not_cancellable"
         )
     return find(connection, batch_id, caller)
 
 
+_LATE_CHECK = turn(VALIDATING, EXPIRED).values(total=0).returning(batches.c.caller)
+
+
+def expire_unchecked(connection: Connection, batch_id: str) -> bool:
+    """End a batch whose time was over before its file was read."""
+    row = connection.execute(_LATE_CHECK, {"batch": batch_id}).first()
+    if row is None:
+        return False
+    at_end(connection, tell, End(row.caller, batch_id, f"batch.{EXPIRED}"))
+    return True
+
+
 _all_planned_is_done = batches.c.planned == batches.c.completed + batches.c.failed
-_FINALIZE = _turn(IN_PROGRESS, FINALIZING).where(
+_FINALIZE = turn(IN_PROGRESS, FINALIZING).where(
     (batches.c.total == batches.c.completed + batches.c.failed) | (batches.c.expires_ms <= NOW)
 )
 
@@ -507,7 +216,7 @@ _ends = {
     "total": case((_begun, batches.c.total), else_=0),
 }
 _END = {
-    there: _turn(here, there)
+    there: turn(here, there)
     .where(_all_planned_is_done)
     .values(_ends)
     .returning(batches.c.caller)

@@ -8,21 +8,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, bindparam, insert, select, update
 
 from backchannel.counts import LineEnd, count
-from backchannel.db import at_end, in_bulk, now_ms
+from backchannel.db import NOW
 from backchannel.notices import job_end, tell
 from backchannel.pricing import Tokens
-from backchannel.tables import (
-    CANCELLED,
-    QUEUED,
-    SUCCEEDED,
-    attempts,
-    jobs,
-    results,
-    turns,
-    usage,
-)
-
-NOW = now_ms()
+from backchannel.tables import CANCELLED, QUEUED, SUCCEEDED, attempts, jobs, results, turns, usage
+from backchannel.writer import at_end, in_bulk
 
 
 class Doorbell(NamedTuple):

@@ -17,14 +17,15 @@ from sqlalchemy import Connection, Integer, Text, cast, delete, select, type_coe
 from sqlalchemy.dialects import postgresql, sqlite
 
 from backchannel import stored_keys
+from backchannel.db import NOW
 from backchannel.egress import AllowedHosts, check_url
 from backchannel.errors import Conflict, InvalidRequest, NotFound
 from backchannel.provider_input import EditProvider, NewProvider, slug
 from backchannel.registry import BUILT_IN, PROVIDER_ID, Capabilities, Provider, Registry
 from backchannel.registry import built_in as built_in_providers
-from backchannel.schemas import not_valid, place_of
 from backchannel.settings import PriceSettings, Settings
-from backchannel.stored_keys import NOW, PROVIDERS_VERSION, bump
+from backchannel.stored_keys import PROVIDERS_VERSION, bump
+from backchannel.strict_json import not_valid, place_of
 from backchannel.tables import providers, secrets
 from backchannel.tiers import NAMES
 

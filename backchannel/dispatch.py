@@ -5,8 +5,9 @@ from __future__ import annotations
 from sqlalchemy import Connection, and_, bindparam, func, select, update
 
 from backchannel.books import Doorbell, doorbell
-from backchannel.lifecycle import NOW, state_is, turn_has_come
-from backchannel.tables import QUEUED, jobs, workers
+from backchannel.db import NOW
+from backchannel.lifecycle import turn_has_come
+from backchannel.tables import QUEUED, jobs, state_is, workers
 
 _bell = (
     jobs.c.id, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.attempt, jobs.c.rank,

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
 
-from backchannel.db import now_ms
+from backchannel.db import NOW
 from backchannel.errors import Conflict
 from backchannel.tables import batches, chunks, files
-
-NOW = now_ms()
 
 CHUNK_BYTES = 512 << 10  # raw; small enough to be unpacked once per window of a batch
 MAX_LINE_BYTES = 4 << 20  # room for a few images in base64

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, exists, insert, or_, select, update
 
+from backchannel.db import NOW
 from backchannel.errors import ModelNotAllowed
-from backchannel.lifecycle import NOW, new_id
+from backchannel.ids import new_id
 from backchannel.tables import caller_keys
 
 # What was asked while nobody had a key is this caller's; so is whoever comes in without one.

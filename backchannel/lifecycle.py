@@ -1,17 +1,15 @@
-"""The guarded transitions of a job: the only place that changes a state.
+"""A worker's transitions of its jobs: claimed, called, and finished or back to the queue.
 
 Each is a function of an open transaction and answers for its own row: it either did the whole of
 its step, or the guard matched nothing and it did nothing. ``attempt`` is the fencing token: every
 write a worker makes names the attempt and the owner it acts for, so a worker that was frozen and
-came back writes nothing.
+came back writes nothing. The transitions that need no living worker are in `reaping` and `closing`.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -20,19 +18,15 @@ from sqlalchemy import (
     Connection,
     Label,
     Update,
-    and_,
     bindparam,
     case,
     delete,
     exists,
     func,
     insert,
-    literal_column,
-    or_,
     select,
     update,
 )
-from uuid_utils.compat import uuid7
 
 from backchannel.books import (
     Doorbell,
@@ -43,71 +37,22 @@ from backchannel.books import (
     doorbell,
     write_finish,
 )
-from backchannel.db import at_end, in_bulk, now_ms
-from backchannel.events import END, encode, end_fields, pack_log
-from backchannel.history import Message, Turn, budget_of, fit
+from backchannel.db import NOW
+from backchannel.history import said_before
 from backchannel.stored_keys import PROVIDERS_VERSION
 from backchannel.tables import (
-    CANCELLED,
-    EXPIRED,
-    FAILED,
-    FOLLOWS,
     QUEUED,
     RUNNING,
-    SUCCEEDED,
     TERMINAL,
     attempts,
     jobs,
     requests,
     sessions,
-    turns,
+    state_is,
     workers,
 )
-
-NOW = now_ms()
-
-
-def new_id(kind: str) -> str:
-    """A time-ordered id such as ``job_0192…``: 128 bits, uuid version 7 (RFC 9562)."""
-    moment: uuid.UUID = uuid7()
-    return f"{kind}_{moment.hex}"
-
-
-def state_is(state: str) -> ColumnElement[bool]:
-    """A condition with the state written out: for a parameter no partial index can be prepared."""
-    # a column of that text: `literal_execute` would write the statement anew at every execution
-    return jobs.c.state == literal_column(f"'{state}'")
-
-
-# When the attempt that ends here called its provider, if it did. With the statement that ends it:
-# what is on record decides whether there is something to pay, not what the worker believes.
-_call = (
-    select(attempts.c.provider_call_ms)
-    .where(
-        attempts.c.job_id == jobs.c.id,
-        attempts.c.attempt == jobs.c.attempt,
-        attempts.c.finished_ms.is_(None),
-    )
-    .correlate(jobs)
-    .scalar_subquery()
-    .label("provider_call_ms")
-)
-
-_its_id = jobs.c.id == bindparam("job")
-
-
-def _move(here: str, there: str, which: ColumnElement[bool] = _its_id) -> Update:
-    """The one statement that changes a state; it asks the table of states."""
-    if there not in FOLLOWS[here]:
-        raise AssertionError(f"{there} does not follow {here}")
-    return (
-        update(jobs)
-        .where(which, state_is(here))
-        .values(
-            state=there,
-            **({"finished_ms": NOW, "lease_ms": None} if there in TERMINAL else {}),
-        )
-    )
+from backchannel.transitions import ending, ending_values, going_back, its_id, move
+from backchannel.writer import at_end, in_bulk
 
 
 def _fenced(statement: Update) -> Update:
@@ -163,7 +108,7 @@ def _asked(column: Column[Any]) -> Label[Any]:
 
 
 _CLAIM = (
-    _move(QUEUED, RUNNING)
+    move(QUEUED, RUNNING)
     .where(
         jobs.c.run_ms <= NOW,
         jobs.c.deadline_ms > NOW,
@@ -205,25 +150,7 @@ _BEGIN_ATTEMPTS = in_bulk(insert(attempts).values(started_ms=NOW))
 _SESSION = select(sessions.c.system, sessions.c.history).where(
     sessions.c.id == bindparam("session")
 )
-# Turns of jobs that did not succeed stay visible in the session but are not told to the model:
-# a question without its answer would be asked twice when it is retried. What was interrupted is
-# told: whoever wrote on has read as far as that.
-_HISTORY = (
-    select(turns.c.job_id, turns.c.message)
-    .join(jobs, jobs.c.id == turns.c.job_id)
-    .where(
-        turns.c.session_id == bindparam("session"),
-        turns.c.seq < bindparam("seq"),
-        or_(
-            jobs.c.state == SUCCEEDED,
-            and_(jobs.c.state == CANCELLED, jobs.c.interrupted_by.is_not(None)),
-        ),
-    )
-    .order_by(turns.c.seq)
-)
-_DROPPED = (
-    update(jobs).where(jobs.c.id == bindparam("job")).values(turns_dropped=bindparam("dropped"))
-)
+PATIENCE = 3  # times the crashes allowed, for a job that workers also die without
 
 
 def claim(
@@ -253,33 +180,11 @@ def claim(
         session = connection.execute(_SESSION, {"session": row.session_id}).one()
         if instructions is None:
             instructions = session.system
-        history = _history(connection, job_id, row, session.history, instructions, messages)
+        history = said_before(connection, job_id, row, session.history, instructions, messages)
         messages = [*history, *messages]
     if instructions is not None:
         messages = [{"role": "system", "content": instructions}, *messages]
     return Claim(job_id=job_id, owner=owner, messages=messages, **claimed)
-
-
-def _history(
-    connection: Connection,
-    job_id: str,
-    row: Any,
-    limits: dict[str, Any] | None,
-    instructions: str | None,
-    messages: list[Message],
-) -> list[Message]:
-    """What was said before, as far as the session's budget for the job's model goes."""
-    said = connection.execute(_HISTORY, {"session": row.session_id, "seq": row.session_seq})
-    budget = budget_of(limits, f"{row.provider}:{row.model}")
-    if budget is None:
-        return [each.message for each in said]
-    by_job: dict[str, Turn] = {}
-    for each in said:
-        by_job.setdefault(each.job_id, []).append(each.message)
-    system = [] if instructions is None else [{"role": "system", "content": instructions}]
-    told = fit(list(by_job.values()), [*system, *messages], budget)
-    connection.execute(_DROPPED, {"job": job_id, "dropped": told.dropped})
-    return [message for turn in told.turns for message in turn]
 
 
 def sign_on(connection: Connection, owner: str, host: str, pid: int, slots: int) -> None:
@@ -358,57 +263,23 @@ def mark_call(connection: Connection, claim: Claim) -> bool:
 # ---------------------------------------------------------------- finish
 
 
-def _ending(statement: Update) -> Update:
-    return statement.values(
-        finish_reason=bindparam("how"),
-        error_code=bindparam("code"),
-        error_message=bindparam("why"),
-    ).returning(
-        jobs.c.id, jobs.c.kind, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model,
-        jobs.c.model_reason, jobs.c.attempt, jobs.c.session_id, jobs.c.session_seq,
-        jobs.c.interrupted_by, jobs.c.batch_id, jobs.c.line, _call,
-    )  # fmt: skip
-
-
-_FINISH = {state: _ending(_fenced(_move(RUNNING, state))) for state in TERMINAL}
+_FINISH = {state: ending(_fenced(move(RUNNING, state))) for state in TERMINAL}
 
 
 def finish(connection: Connection, claim: Claim, outcome: Outcome) -> Finished | None:
     """The one finish transaction of an attempt; None: the attempt is no longer ours."""
     row = connection.execute(
-        _FINISH[outcome.state], {**claim.fence, **_ending_values(outcome)}
+        _FINISH[outcome.state], {**claim.fence, **ending_values(outcome)}
     ).first()
     return None if row is None else write_finish(connection, row, outcome)
 
 
-def _ending_values(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "how": outcome.finish_reason,
-        "code": outcome.error_code,
-        "why": outcome.error_message,
-    }
-
-
 # ---------------------------------------------------------------- back to the queue
 
-_back = {
-    "owner": None,
-    "lease_ms": None,
-    "rung_ms": None,
-}
-_row = (
-    jobs.c.id, jobs.c.caller, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.model_reason,
-    jobs.c.session_id, jobs.c.session_seq, jobs.c.attempt, _call,
-)  # fmt: skip
-_REQUEUE = (
-    _fenced(_move(RUNNING, QUEUED))
-    .values(
-        run_ms=NOW + bindparam("delay_ms"),
-        retries=jobs.c.retries + bindparam("burnt"),
-        rank=bindparam("in_front"),
-        **_back,
-    )
-    .returning(*_row)
+_REQUEUE = going_back(_fenced(move(RUNNING, QUEUED))).values(
+    run_ms=NOW + bindparam("delay_ms"),
+    retries=jobs.c.retries + bindparam("burnt"),
+    rank=bindparam("in_front"),
 )
 
 
@@ -449,7 +320,7 @@ class Ask(NamedTuple):
 
 _ASK = (
     update(jobs)
-    .where(_its_id, jobs.c.attempt == bindparam("by_attempt"), state_is(QUEUED))
+    .where(its_id, jobs.c.attempt == bindparam("by_attempt"), state_is(QUEUED))
     .values(
         provider=bindparam("new_provider"),
         model=bindparam("new_model"),
@@ -459,7 +330,7 @@ _ASK = (
 )
 _RUNG = (
     update(jobs)
-    .where(_its_id, jobs.c.attempt == bindparam("by_attempt"), state_is(QUEUED))
+    .where(its_id, jobs.c.attempt == bindparam("by_attempt"), state_is(QUEUED))
     .values(rung_ms=NOW)
     .returning(jobs.c.id, jobs.c.lane, jobs.c.provider, jobs.c.model, jobs.c.attempt, jobs.c.rank)
 )
@@ -548,285 +419,3 @@ def _requeue(
         return False
     close_attempt(connection, row, what, code, why, spent, billable=False)
     return True
-
-
-# ---------------------------------------------------------------- the caretaker's transitions
-
-
-class Lapsed(NamedTuple):
-    """A running job whose lease is over."""
-
-    job_id: str
-    attempt: int
-    crashes: int  # with this one, if it counts
-    age_ms: int
-    silent_ms: int  # since its lease was over
-    deaths: int  # of workers, since it first ran; those of the last lease are not known yet
-
-    def is_suspect(self, max_crashes: int) -> bool:
-        """Whether it seems to be the job that kills workers.
-
-        Not while most of those that died meanwhile died without it: then something else kills
-        them, and an innocent job would be failed for having been there three times. A worker is
-        known to be dead a lease after its death, so the verdict waits for one more lease: or of
-        many deaths those that clear the job would be missing.
-        """
-        suspected = self.crashes >= max_crashes and 2 * self.crashes >= self.deaths
-        return suspected or self.crashes >= PATIENCE * max_crashes
-
-
-# Who died before its provider call was on record was hardly killed by the job: a worker that has
-# just started takes many and imports the SDK first. That this goes on for ever it does count.
-MOST_UNCALLED = 10
-PATIENCE = 3  # times the crashes allowed, for a job that workers also die without
-_counts = case(
-    (
-        exists().where(
-            attempts.c.job_id == jobs.c.id,
-            attempts.c.attempt == jobs.c.attempt,
-            attempts.c.provider_call_ms.is_not(None),
-        ),
-        1,
-    ),
-    (jobs.c.attempt >= MOST_UNCALLED, 1),
-    else_=0,
-)
-_deaths = (
-    select(func.count())
-    .select_from(workers)
-    .where(
-        workers.c.seen_ms >= jobs.c.started_ms - bindparam("lease_in_ms"),
-        workers.c.seen_ms < NOW - bindparam("lease_in_ms"),
-    )
-    .scalar_subquery()
-)
-_LAPSED = (
-    select(
-        jobs.c.id,
-        jobs.c.attempt,
-        jobs.c.crashes + _counts,
-        NOW - jobs.c.created_ms,
-        NOW - jobs.c.lease_ms,
-        _deaths,
-    )
-    .where(state_is(RUNNING), jobs.c.lease_ms < NOW)
-    .limit(1000)
-)
-
-
-def lapsed(connection: Connection, lease_s: float = 20.0) -> list[Lapsed]:
-    """The running jobs whose worker has gone silent.
-
-    Args:
-        lease_s: A worker not heard of for this long is dead.
-    """
-    rows = connection.execute(_LAPSED, {"lease_in_ms": int(lease_s * 1000)})
-    return [Lapsed(*row) for row in rows]
-
-
-def _reaped(statement: Update) -> Update:
-    return statement.where(jobs.c.attempt == bindparam("by_attempt"), jobs.c.lease_ms < NOW).values(
-        crashes=jobs.c.crashes + _counts
-    )
-
-
-_LOCK_CALL = (
-    select(attempts.c.provider_call_ms)
-    .where(attempts.c.job_id == bindparam("job"), attempts.c.attempt == bindparam("by_attempt"))
-    .with_for_update()
-)
-
-
-def _with_call(connection: Connection, row: Any) -> Any:
-    """The row of a reaped job, with its call as it is on record by now.
-
-    A worker that is not dead may have marked it while we took the job; from here on it cannot.
-    """
-    its = {"job": row.id, "by_attempt": row.attempt}
-    called = connection.execute(_LOCK_CALL, its).scalar()
-    return SimpleNamespace(**{**row._mapping, "provider_call_ms": called})
-
-
-_REAP = _reaped(_move(RUNNING, QUEUED)).values(run_ms=NOW, rank=0, **_back).returning(*_row)
-_REAP_POISON = _ending(_reaped(_move(RUNNING, FAILED)))
-
-
-def reap(connection: Connection, job_id: str, attempt: int) -> bool:
-    """Put a job whose worker died back at the head of the line."""
-    row = connection.execute(_REAP, {"job": job_id, "by_attempt": attempt}).first()
-    if row is None:
-        return False
-    row = _with_call(connection, row)
-    close_attempt(connection, row, "reaped", None, None, None, billable=False)
-    return True
-
-
-def reap_poison(connection: Connection, job_id: str, attempt: int, outcome: Outcome) -> bool:
-    """Fail a job that took too many workers with it."""
-    row = connection.execute(
-        _REAP_POISON, {"job": job_id, "by_attempt": attempt, **_ending_values(outcome)}
-    ).first()
-    if row is not None:
-        write_finish(connection, _with_call(connection, row), outcome)
-    return row is not None
-
-
-class Overdue(NamedTuple):
-    """A queued job that must end without (another) attempt, and in which state."""
-
-    job_id: str
-    attempt: int
-    state: str
-    age_ms: int
-
-
-_overdue = (
-    select(
-        jobs.c.id,
-        jobs.c.attempt,
-        case((jobs.c.cancel_ms.is_not(None), CANCELLED), else_=EXPIRED),
-        NOW - jobs.c.created_ms,
-    )
-    .where(state_is(QUEUED))
-    .limit(1000)
-)
-_OVERDUE = (
-    _overdue.where(jobs.c.cancel_ms.is_not(None)),
-    _overdue.where(jobs.c.deadline_ms <= NOW),
-)
-
-
-def overdue(connection: Connection) -> list[Overdue]:
-    """The queued jobs that were cancelled, or whose deadline has passed."""
-    found = [Overdue(*row) for statement in _OVERDUE for row in connection.execute(statement)]
-    return list({each.job_id: each for each in found}.values())
-
-
-_CLOSE_QUEUED = {
-    CANCELLED: _ending(
-        _move(QUEUED, CANCELLED).where(
-            jobs.c.attempt == bindparam("by_attempt"), jobs.c.cancel_ms.is_not(None)
-        )
-    ),
-    EXPIRED: _ending(
-        _move(QUEUED, EXPIRED).where(
-            jobs.c.attempt == bindparam("by_attempt"), jobs.c.deadline_ms <= NOW
-        )
-    ),
-}
-
-
-def close_queued(
-    connection: Connection, job_id: str, attempt: int, outcome: Outcome
-) -> Finished | None:
-    """End a queued job that was cancelled or has expired; None: it is not queued any more."""
-    row = connection.execute(
-        _CLOSE_QUEUED[outcome.state],
-        {"job": job_id, "by_attempt": attempt, **_ending_values(outcome)},
-    ).first()
-    return None if row is None else write_finish(connection, row, outcome)
-
-
-# ---------------------------------------------------------------- cancel
-
-
-class Cancelling(NamedTuple):
-    """Where a job stood when its cancel was put on record."""
-
-    state: str
-    attempt: int
-    age_ms: int
-
-
-_REQUEST_CANCEL = (
-    update(jobs)
-    .where(
-        jobs.c.id == bindparam("job"),
-        jobs.c.caller == bindparam("who"),
-        jobs.c.state.in_([QUEUED, RUNNING]),
-    )
-    .values(cancel_ms=case((jobs.c.cancel_ms.is_(None), NOW), else_=jobs.c.cancel_ms))
-    .returning(jobs.c.state, jobs.c.attempt, NOW - jobs.c.created_ms)
-)
-
-
-def request_cancel(connection: Connection, job_id: str, caller: str) -> Cancelling | None:
-    """Put a cancel on record: from here on no attempt starts. None: finished, or not there."""
-    row = connection.execute(_REQUEST_CANCEL, {"job": job_id, "who": caller}).first()
-    return None if row is None else Cancelling(*row)
-
-
-_INTERRUPT = (
-    update(jobs)
-    .where(
-        jobs.c.session_id == bindparam("session"),
-        jobs.c.session_seq < bindparam("seq"),
-        jobs.c.state.in_([QUEUED, RUNNING]),
-        jobs.c.cancel_ms.is_(None),
-    )
-    .values(cancel_ms=NOW, interrupted_by=bindparam("by_job"))
-    .returning(jobs.c.id, jobs.c.attempt)
-)
-_UNHEARD = Outcome(CANCELLED, pack_log([encode(0, END, end_fields(CANCELLED))]))
-
-
-def interrupt(connection: Connection, session_id: str, seq: int, by_job: str) -> str | None:
-    """Cancel a session's unfinished turns before a place, for the job that comes after them.
-
-    Those that have not begun end at once. Of the one that has, the cancel is on record; returns it.
-    """
-    found = connection.execute(_INTERRUPT, {"session": session_id, "seq": seq, "by_job": by_job})
-    begun = None
-    for row in found.all():
-        if row.attempt or close_queued(connection, row.id, 0, _UNHEARD) is None:
-            begun = row.id
-    return begun
-
-
-# ---------------------------------------------------------------- the jobs of a batch
-
-_unfinished = and_(jobs.c.batch_id == bindparam("batch"), jobs.c.finished_ms.is_(None))
-_CANCEL_BATCH = (
-    update(jobs)
-    .where(_unfinished, jobs.c.cancel_ms.is_(None))
-    .values(cancel_ms=NOW)
-    .returning(jobs.c.id, jobs.c.state)
-)
-
-
-def request_cancel_of_batch(connection: Connection, batch_id: str) -> list[str]:
-    """Put a cancel on record for all unfinished jobs of a batch; returns those that run."""
-    rows = connection.execute(_CANCEL_BATCH, {"batch": batch_id})
-    return [row.id for row in rows if row.state == RUNNING]
-
-
-CLOSE_AT_ONCE = 500
-
-
-def _unstarted(must_end: ColumnElement[bool]) -> ColumnElement[bool]:
-    some = (
-        select(jobs.c.id)
-        .where(_unfinished, state_is(QUEUED), jobs.c.attempt == 0, must_end)
-        .limit(CLOSE_AT_ONCE)
-    )
-    # what changed since `some` looked must match as it is now
-    return and_(jobs.c.id.in_(some), jobs.c.attempt == 0, must_end)
-
-
-_CLOSE_UNSTARTED = {
-    CANCELLED: _ending(_move(QUEUED, CANCELLED, _unstarted(jobs.c.cancel_ms.is_not(None)))),
-    EXPIRED: _ending(_move(QUEUED, EXPIRED, _unstarted(jobs.c.deadline_ms <= NOW))),
-}
-
-
-def close_unstarted(connection: Connection, batch_id: str, outcome: Outcome) -> int:
-    """End some of a batch's queued jobs that were cancelled or have expired; returns how many.
-
-    Only jobs of which nothing has been streamed: `close_queued` ends the others one by one.
-    """
-    rows = connection.execute(
-        _CLOSE_UNSTARTED[outcome.state], {"batch": batch_id, **_ending_values(outcome)}
-    ).all()
-    for row in rows:
-        write_finish(connection, row, outcome)
-    return len(rows)

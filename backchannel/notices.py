@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, insert, literal_column, select
 
-from backchannel.db import now_ms
+from backchannel.db import NOW
 from backchannel.response_output import INCOMPLETE, PREFIX
 from backchannel.tables import (
     CANCELLED,
@@ -19,8 +19,6 @@ from backchannel.tables import (
     deliveries,
     webhooks,
 )
-
-NOW = now_ms()
 
 EVENT_TYPES = (
     *(f"job.{state}" for state in (SUCCEEDED, FAILED, CANCELLED, EXPIRED)),

@@ -1,13 +1,10 @@
-"""What crosses HTTP: strict JSON in, checked requests, and the rows as jobs, sessions and usage."""
+"""What crosses HTTP: the parts of every request; jobs, as they are asked for and as they stand."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -17,7 +14,6 @@ from pydantic import (
     Field,
     StringConstraints,
     TypeAdapter,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
@@ -26,137 +22,18 @@ from sqlalchemy import Select, and_, select
 from backchannel.books import Spent
 from backchannel.errors import InvalidRequest
 from backchannel.pricing import Tokens
-from backchannel.tables import CANCELLED, jobs, results, turns, usage
-
-# ---------------------------------------------------------------- strict JSON
-
-MAX_DEPTH = 100
-
-
-def decode(body: bytes) -> Any:
-    """The value of a JSON body, refusing what a database or a provider would choke on later.
-
-    Raises:
-        InvalidRequest: Not JSON, or with a key given twice, NaN or Infinity, a number beyond 64
-            bits, a NUL character or half a surrogate pair; the message and ``param`` say where.
-    """
-    try:
-        value = json.loads(body.decode(), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        _not_json(f"byte {error.start} is not UTF-8")
-    except json.JSONDecodeError as error:
-        _not_json(f"{error.msg} at line {error.lineno} column {error.colno}")
-    except RecursionError:
-        _not_json("it is nested too deeply")
-    except ValueError:
-        _not_json("it holds a number of more than 4,300 digits")
-    _check(value)
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    known = dict(pairs)
-    if len(known) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                _not_json(f"the key {json.dumps(key)} is given twice in one object", key)
-            seen.add(key)
-    return known
-
-
-def _not_json(why: str, param: str | None = None) -> NoReturn:
-    raise InvalidRequest(f"The body is not valid JSON: {why}.", code="invalid_json", param=param)
-
-
-def _check(value: Any) -> None:
-    ahead: list[tuple[Any, str, int]] = [(value, "", 0)]
-    while ahead:
-        here, place, depth = ahead.pop()
-        match here:
-            case str():
-                _check_text(here, place)
-            case float() if not math.isfinite(here):
-                _not_json(f"{place or 'it'} is not a finite number", place or None)
-            case int() | float() if not -(2**63) <= here < 2**64:  # 1e30 is whole, too
-                raise InvalidRequest(f"{place or 'The body'}: beyond 64 bits.", param=place or None)
-            case dict() | list() if depth == MAX_DEPTH:
-                _not_json(f"it is nested more than {MAX_DEPTH} deep", place)
-            case dict():
-                for key, item in here.items():
-                    _check_text(key, place, "a key")
-                    ahead.append((item, f"{place}.{key}" if place else key, depth + 1))
-            case list():
-                ahead += [(item, f"{place}[{i}]", depth + 1) for i, item in enumerate(here)]
-
-
-def _check_text(text: str, place: str, what: str = "the text") -> None:
-    if "\0" in text:
-        fault = "contains a NUL character"
-    elif not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text):
-        fault = "contains half a surrogate pair"
-    else:
-        return
-    raise InvalidRequest(f"{place or 'The body'}: {what} {fault}.", param=place or None)
-
-
-def place_of(loc: Sequence[int | str], value: Any, *, missing: bool = False) -> str:
-    """A pydantic location as a path in the value, as ``messages[0].content``.
-
-    A location also names the branches of unions; what cannot be followed in the value is one.
-    """
-    place = ""
-    for step in loc:
-        if isinstance(value, dict) and isinstance(step, str) and (step in value or missing):
-            place += f".{step}" if place else step
-            value = value.get(step)
-        elif isinstance(value, list) and isinstance(step, int):
-            place += f"[{step}]"
-            value = value[step]
-    return place
-
-
-def not_valid(faults: list[tuple[str, Mapping[str, Any]]]) -> InvalidRequest:
-    """The errors that pydantic found, each with its place, as one sentence."""
-    # of the branches of a union the one that got furthest is the one that was meant
-    place, each = max(faults, key=lambda fault: len(fault[0]))
-    match each["type"]:
-        case "extra_forbidden":
-            why = "there is no such field."
-        case "missing":
-            why = "it is missing." if place else "the request needs a JSON body."
-        case _:
-            said = each["msg"].removeprefix("Value error, ")  # of a check of ours
-            why = f"{said[:1].lower()}{said[1:]}."
-    return InvalidRequest(f"{place or 'The body'}: {why}", param=place or None)
-
-
-Form = TypeVar("Form", bound=BaseModel)
-
-
-def validated(form: type[Form], value: dict[str, Any]) -> Form:
-    """A value as a request, as if it had been the body of one.
-
-    Raises:
-        InvalidRequest: It names the field.
-    """
-    try:
-        return form.model_validate(value)
-    except ValidationError as error:
-        faults = error.errors(include_url=False, include_input=False)
-    raise not_valid(
-        [(place_of(each["loc"], value, missing=each["type"] == "missing"), each) for each in faults]
-    )
-
+from backchannel.tables import jobs, results, usage
 
 # ---------------------------------------------------------------- requests
 
 
-class _Request(BaseModel):
+class Request(BaseModel):
+    """A form without room for what it does not name."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class NullsAreNotGiven(_Request):
+class NullsAreNotGiven(Request):
     """A request in which a null is as good as nothing."""
 
     @model_validator(mode="before")
@@ -208,14 +85,14 @@ class Part(BaseModel):
     type: str
 
 
-class ToolCallFunction(_Request):
+class ToolCallFunction(Request):
     """The function of a tool call, and its arguments as JSON in a string."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Request):
+class ToolCall(Request):
     """A tool call that the assistant made."""
 
     id: str
@@ -223,7 +100,7 @@ class ToolCall(_Request):
     function: ToolCallFunction
 
 
-class Message(_Request):
+class Message(Request):
     """One message, as in chat completions."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -243,7 +120,7 @@ Fallbacks = Annotated[
 ]
 
 
-class CreateJob(_Request):
+class CreateJob(Request):
     """One chat to be answered."""
 
     prompt: Annotated[str, Field(min_length=1)] | None = Field(
@@ -284,7 +161,7 @@ class CreateJob(_Request):
         return [each.model_dump(exclude_unset=True) for each in self.messages or ()]
 
 
-class Ours(_Request):
+class Ours(Request):
     """What a face's request may say beyond its own form, in `x_backchannel`."""
 
     lane: Literal["interactive", "batch"] = "interactive"
@@ -312,36 +189,6 @@ def check_message(message: Message, place: str) -> None:
             f"{place}.tool_call_id: a message of role tool has one, and no other.",
             param=f"{place}.tool_call_id",
         )
-
-
-DoubleTexting = Literal["enqueue", "reject", "interrupt"]
-Budget = Annotated[int, Field(ge=1, le=2**53), BeforeValidator(whole)]
-
-
-class History(_Request):
-    """How much of a session's history is told, in likely tokens of all that is told."""
-
-    max_tokens: Budget | None = Field(None, description="For models that have none of their own.")
-    models: dict[Name, Budget] | None = Field(None, description="By provider:model.")
-
-
-class CreateSession(_Request):
-    """A new conversation."""
-
-    model: Name | None = None
-    title: Title | None = None
-    system: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="Said to the model before every turn's history."
-    )
-    double_texting: DoubleTexting = Field(
-        "enqueue", description="What becomes of an unfinished turn when the next one is sent."
-    )
-    history: History | None = Field(None, description="Null: all of it is told.")
-    metadata: Metadata | None = None
-
-
-class ChangeSession(CreateSession):
-    """What is left out stays; a change of model counts up ``model_version``."""
 
 
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d.*")
@@ -441,51 +288,6 @@ class JobList(BaseModel):
     next: str | None
 
 
-class Session(BaseModel):
-    """A conversation and its current model."""
-
-    id: str
-    object: Literal["session"] = "session"
-    model: str
-    model_rule: str | None
-    model_version: int
-    double_texting: DoubleTexting
-    history: History | None
-    title: str | None
-    system: str | None
-    metadata: dict[str, str]
-    created_at: str
-    updated_at: str
-
-
-class SessionMessage(BaseModel):
-    """A message of a session, with the state of the job it belongs to."""
-
-    model_config = ConfigDict(extra="allow")  # the message's own fields
-
-    seq: int
-    job_id: str
-    state: str
-    model: str | None  # of an answer
-    interrupted: bool  # by the turn after it: an answer that is marked so broke off
-    created_at: str
-
-
-class SessionWithMessages(Session):
-    """A conversation with all that was said."""
-
-    messages: list[SessionMessage]
-
-
-class SessionList(BaseModel):
-    """One page of sessions; ``next`` is the ``after`` of the following one."""
-
-    object: Literal["list"] = "list"
-    data: list[Session]
-    has_more: bool
-    next: str | None
-
-
 # ---------------------------------------------------------------- from the rows
 
 # Everything `usage_of` needs.
@@ -550,40 +352,3 @@ def usage_of(row: Any) -> Usage | None:
             row.reasoning_tokens,
         )  # fmt: skip
     return Usage(**Spent(row.source, tokens, row.cost_nanousd, row.price_date).as_json())
-
-
-def session_of(row: Any) -> Session:
-    """A row of the sessions as it crosses HTTP."""
-    return Session(
-        id=row.id,
-        model=f"{row.provider}:{row.model}",
-        model_rule=row.model_rule,
-        model_version=row.model_version,
-        double_texting=row.double_texting,
-        history=row.history and History(**row.history),
-        title=row.title,
-        system=row.system,
-        metadata=row.meta,
-        created_at=rfc3339(row.created_ms),
-        updated_at=rfc3339(row.updated_ms),
-    )
-
-
-# Everything `message_of` needs.
-MESSAGE: Select[Any] = select(turns, jobs.c.state, jobs.c.interrupted_by).join(
-    jobs, jobs.c.id == turns.c.job_id
-)
-
-
-def message_of(row: Any) -> SessionMessage:
-    """A row of `MESSAGE` as it crosses HTTP."""
-    return SessionMessage(
-        **{"content": None, **row.message},
-        seq=row.seq,
-        job_id=row.job_id,
-        state=row.state,
-        model=None if row.model is None else f"{row.provider}:{row.model}",
-        # one that was to be interrupted and had just finished is whole
-        interrupted=row.state == CANCELLED and row.interrupted_by is not None,
-        created_at=rfc3339(row.created_ms),
-    )

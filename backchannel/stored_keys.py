@@ -7,13 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from backchannel.db import now_ms
+from backchannel.db import NOW
 from backchannel.tables import secrets, versions
 
 PREFIX = "provider:"
 MAX_KEY_CHARS = 4096
 
-NOW = now_ms()
 PROVIDERS_VERSION = (
     select(versions.c.version).where(versions.c.name == "providers").scalar_subquery()
 )

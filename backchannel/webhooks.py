@@ -12,17 +12,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Update, and_, bindparam, delete, exists, or_, select, update
 from sqlalchemy.engine import RowMapping
 
-from backchannel.db import now_ms
-from backchannel.tables import (
-    DEAD,
-    DELIVERED,
-    DELIVERY_FOLLOWS,
-    PENDING,
-    deliveries,
-    webhooks,
-)
-
-NOW = now_ms()
+from backchannel.db import NOW
+from backchannel.tables import DEAD, DELIVERED, DELIVERY_FOLLOWS, PENDING, deliveries, webhooks
 
 LEASE_MS = 60_000  # four times what one try may take
 # Between the tries, up to a day in all: a receiver that is down over night misses nothing.

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 from sqlalchemy import insert
 
-from backchannel import lifecycle
+from backchannel import cancelling, closing, lifecycle, reaping
 from backchannel.books import Finished, Outcome, Spent
 from backchannel.db import Database
 from backchannel.events import END, STARTED, encode, end_fields, pack_log
@@ -80,9 +80,9 @@ async def finish_against_reap_against_cancel(world: World, full: bool) -> dict[s
             for claim, finished, reaped in await asyncio.to_thread(_race, sides, claims, dice):
                 assert bool(finished) != bool(reaped), f"{claim.job_id}: {finished}, {reaped}"
                 won["finished" if finished else "reaped"] += 1
-            for job in world.database.write_now(lifecycle.overdue):
+            for job in world.database.write_now(closing.overdue):
                 ended = _outcome(job.state, job.attempt)
-                close = partial(lifecycle.close_queued, job_id=job.job_id, attempt=job.attempt)
+                close = partial(closing.close_queued, job_id=job.job_id, attempt=job.attempt)
                 assert world.database.write_now(partial(close, outcome=ended))
     states = world.states()
     assert sum(states.values()) == won.total()
@@ -110,8 +110,8 @@ def _race(
             (c, partial(lifecycle.finish, claim=c, outcome=_outcome("succeeded", c.attempt)))
             for c in claims
         ],
-        [(c, partial(lifecycle.reap, job_id=c.job_id, attempt=c.attempt)) for c in claims],
-        [(c, partial(lifecycle.request_cancel, job_id=c.job_id, caller=c.caller)) for c in claims],
+        [(c, partial(reaping.reap, job_id=c.job_id, attempt=c.attempt)) for c in claims],
+        [(c, partial(cancelling.request_cancel, job_id=c.job_id, caller=c.caller)) for c in claims],
     ]
     for work in works:
         dice.shuffle(work)

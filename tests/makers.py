@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import select, text
+from sqlalchemy import Connection, select, text
 
 from backchannel import lifecycle
 from backchannel.accept import Accepted, NewJob, accept
@@ -15,7 +16,9 @@ from backchannel.events import END, encode, pack_log
 from backchannel.lifecycle import Claim
 from backchannel.notices import EVENT_TYPES
 from backchannel.pricing import Tokens
-from backchannel.tables import INTERACTIVE, SUCCEEDED, Job, jobs, sessions, webhooks
+from backchannel.tables import INTERACTIVE, SUCCEEDED, TERMINAL, Job, jobs, sessions, webhooks
+
+Step = Callable[[Connection], Any]  # work of one transaction
 
 LEASE_S = 20.0
 SPENT = Spent("final", Tokens(12, 3, cached=4), cost_nanousd=1_700, price_date="2026-01-01 test")
@@ -147,3 +150,38 @@ def until_somebody_waits(database: Database) -> None:
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
     while not database.read_now(lambda c: c.exec_driver_sql(waiting).scalar()):
         time.sleep(0.01)
+
+
+def claim_of(job_id: str, owner: str = "worker-2") -> Step:
+    """A worker takes a job."""
+    return lambda c: lifecycle.claim(c, job_id, owner, LEASE_S)
+
+
+def retry_of(claim: Claim, **changes: Any) -> Step:
+    """A worker tries an attempt again later."""
+    usual: dict[str, Any] = {
+        "delay_s": 0.0, "burns_attempt": True, "error_code": "disconnected",
+        "error_message": "It broke.", "spent": SPENT,
+    }  # fmt: skip
+    return lambda c: lifecycle.retry_later(c, claim, **usual | changes)
+
+
+def writes_of(claim: Claim) -> dict[str, Step]:
+    """All that a worker can write for its attempt, by name."""
+    return {
+        "mark_call": lambda c: lifecycle.mark_call(c, claim),
+        **{
+            f"finish {state}": lambda c, state=state: lifecycle.finish(c, claim, outcome(state))
+            for state in sorted(TERMINAL)
+        },
+        "retry_later": retry_of(claim),
+        "hand_back": lambda c: lifecycle.hand_back(c, claim, SPENT),
+        "heartbeat": lambda c: lifecycle.heartbeat(c, claim.owner, [claim.job_id], LEASE_S),
+    }
+
+
+def assert_writes_nothing(database: Database, step: Step) -> None:
+    """The step's guard matches nothing, and all that is on record stays."""
+    before = everything(database)
+    assert not database.write_now(step)
+    assert everything(database) == before

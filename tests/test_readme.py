@@ -147,7 +147,7 @@ def test_the_result_line_of_the_readme_is_what_a_run_writes() -> None:
     from backchannel.batch_output import answer
     from backchannel.cli.lines import Line
     from backchannel.cli.results import record_of
-    from tests.backchannel.test_batch_lines import job
+    from tests.backchannel.test_batch_input import job
 
     shown = json.loads(list(blocks(ROOT / "README.md", "json"))[1])
     body = shown["response"]["body"]

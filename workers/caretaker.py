@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from backchannel import books, bus, dispatch, events, lifecycle
+from backchannel import books, bus, closing, dispatch, events, reaping
 from backchannel.events import Event, end_fields
 from backchannel.pieces import text_message
 from backchannel.queue import queue_length, ring
@@ -56,10 +56,10 @@ async def _expire_forever(process: Process) -> None:
 async def reap(process: Process) -> None:
     """Put jobs of dead workers back at the head of the line, or fail the ones that kill workers."""
     lease_s = process.settings.lease_s
-    for job in await process.db.write(partial(lifecycle.lapsed, lease_s=lease_s)):
+    for job in await process.db.write(partial(reaping.lapsed, lease_s=lease_s)):
         if not job.is_suspect(process.settings.max_crashes):
             if await process.db.write(
-                partial(lifecycle.reap, job_id=job.job_id, attempt=job.attempt)
+                partial(reaping.reap, job_id=job.job_id, attempt=job.attempt)
             ):
                 log.warning(
                     "A worker went silent; its job goes back to the head of the line.",
@@ -73,7 +73,7 @@ async def reap(process: Process) -> None:
         end = end_fields(FAILED, error_code="poison", error_message=why)
         closed, outcome = await _close(process, job.job_id, job.attempt, job.age_ms, end)
         poison = partial(
-            lifecycle.reap_poison, job_id=job.job_id, attempt=job.attempt, outcome=outcome
+            reaping.reap_poison, job_id=job.job_id, attempt=job.attempt, outcome=outcome
         )
         if await process.db.write(poison):
             log.error("A job was failed: it took too many workers with it.", job=job.job_id)
@@ -82,7 +82,7 @@ async def reap(process: Process) -> None:
 
 async def close_overdue(process: Process) -> None:
     """End the queued jobs that were cancelled, or whose deadline has passed."""
-    for job in await process.db.write(lifecycle.overdue):
+    for job in await process.db.write(closing.overdue):
         end = end_fields(job.state)
         if job.state == "expired":
             end = end_fields(
@@ -90,7 +90,7 @@ async def close_overdue(process: Process) -> None:
             )
         closed, outcome = await _close(process, job.job_id, job.attempt, job.age_ms, end)
         finished = await process.db.write(
-            partial(lifecycle.close_queued, job_id=job.job_id, attempt=job.attempt, outcome=outcome)
+            partial(closing.close_queued, job_id=job.job_id, attempt=job.attempt, outcome=outcome)
         )
         if finished is not None:
             await _tell(process, job.job_id, job.attempt, closed)

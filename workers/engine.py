@@ -16,7 +16,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from backchannel import books, events, faults, lifecycle
 from backchannel.bus import Stream
-from backchannel.db import Work
 from backchannel.errors import UNWELL, BackchannelError, ProviderError, Unavailable, falls_back
 from backchannel.events import end_fields
 from backchannel.lifecycle import Ask, Claim
@@ -24,6 +23,7 @@ from backchannel.pricing import Tokens, price
 from backchannel.registry import Provider
 from backchannel.settings import Settings
 from backchannel.tables import CANCELLED, EXPIRED, FAILED, SUCCEEDED
+from backchannel.writer import Work
 from workers.answer import Answer
 from workers.circuit import Circuit, Passage
 from workers.fallback import first_model, may_pass, next_model

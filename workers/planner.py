@@ -16,10 +16,21 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from sqlalchemy import Connection
 
-from backchannel import batches, books, bus, dispatch, events, file_keys, files, lifecycle
+from backchannel import (
+    batch_lines,
+    batches,
+    books,
+    bus,
+    cancelling,
+    closing,
+    dispatch,
+    events,
+    file_keys,
+    files,
+)
 from backchannel.batch_input import Fault, Head, check_lines, job_of_line, refusal, too_long
+from backchannel.batch_lines import Refused
 from backchannel.batch_output import page, pages
-from backchannel.batches import Refused
 from backchannel.errors import BackchannelError, InvalidRequest, Unavailable
 from backchannel.events import END, encode, end_fields
 from backchannel.pubsub import OUTAGE
@@ -64,7 +75,7 @@ async def _forget_forever(process: Process) -> None:
 async def _forget(process: Process) -> None:
     await process.db.write(files.forget_expired)
     await process.db.write(file_keys.forget_free)
-    while await process.db.write(batches.forget_unbegun):
+    while await process.db.write(batch_lines.forget_unbegun):
         pass
 
 
@@ -112,7 +123,7 @@ async def _validate(process: Process, batch: Any) -> bool:
         return await process.db.write(partial(batches.expire_unchecked, batch_id=batch.id))
     if batch.parent_id is not None:
         copy = partial(
-            batches.copy_lines, batch_id=batch.id, parent_id=batch.parent_id, here=batch.checked
+            batch_lines.copy_lines, batch_id=batch.id, parent_id=batch.parent_id, here=batch.checked
         )
         return await process.db.write(copy)
 
@@ -125,7 +136,7 @@ async def _validate(process: Process, batch: Any) -> bool:
     heads, faults = await asyncio.to_thread(_look_at, chunk, last, batch.endpoint)
     done = await process.db.write(
         partial(
-            batches.add_lines,
+            batch_lines.add_lines,
             batch_id=batch.id, here=batch.checked, heads=heads, faults=faults, last=last,
         )
     )  # fmt: skip
@@ -163,7 +174,7 @@ async def _go_on(process: Process, batch: Any) -> bool:
 
 async def _plan(process: Process, batch: Any, room: int) -> bool:
     def read(connection: Connection) -> tuple[list[Head], files.Chunk | None]:
-        heads = batches.unplanned(connection, batch.id, batch.next_line, room)
+        heads = batch_lines.unplanned(connection, batch.id, batch.next_line, room)
         return heads, files.chunk_with(connection, batch.input_file_id, heads[0].line)
 
     heads, chunk = await process.db.read(read)
@@ -173,7 +184,7 @@ async def _plan(process: Process, batch: Any, room: int) -> bool:
     last = heads[len(new) + len(refused) - 1].line
     planned = await process.db.write(
         partial(
-            batches.plan,
+            batch_lines.plan,
             batch_id=batch.id, here=batch.next_line, there=last + 1, new=new,
             refused=refused,
         )
@@ -213,10 +224,10 @@ async def _wind_down(process: Process, batch: Any, state: str) -> bool:
     """End what is queued, wait for what runs, then end the batch."""
     if batch.planned > batch.completed + batch.failed:
         if state == CANCELLED:
-            cancel = partial(lifecycle.request_cancel_of_batch, batch_id=batch.id)
+            cancel = partial(cancelling.request_cancel_of_batch, batch_id=batch.id)
             for job_id in await process.db.write(cancel):
                 await bus.hint_cancel(process.redis, process.settings.redis_prefix, job_id)
-        close = partial(lifecycle.close_unstarted, batch_id=batch.id, outcome=_outcome(state))
+        close = partial(closing.close_unstarted, batch_id=batch.id, outcome=_outcome(state))
         return await process.db.write(close) > 0
     there = state
     if state == EXPIRED and not await process.db.read(lambda c: batches.has_expired(c, batch)):

@@ -22,13 +22,14 @@ from backchannel import custom_providers, lifecycle, stored_keys
 from backchannel.background import end
 from backchannel.books import Doorbell
 from backchannel.bus import Publisher
-from backchannel.db import Database, Work
+from backchannel.db import Database
 from backchannel.errors import Unavailable
 from backchannel.pubsub import OUTAGE, Listener, connect
 from backchannel.queue import ring
 from backchannel.registry import Registry
 from backchannel.roster import Roster
 from backchannel.settings import Settings, get_settings
+from backchannel.writer import Work
 from workers import caretaker, errands, heart, planner, webhooks
 from workers.clients import ClientCache
 from workers.watchdog import Watchdog

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from backchannel.errors import InvalidRequest
 from backchannel.parameters import KNOWN, NOT_A_CHAT, OURS
-from backchannel.schemas import CreateJob, decode, place_of
+from backchannel.schemas import CreateJob
+from backchannel.strict_json import decode, place_of
 
 MAX_LINE_BYTES = 1 << 20
 MAX_ID = 512  # as long as a value of a job's metadata

@@ -8,6 +8,8 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx2
+
 from api.main import listen, make_server
 from backchannel import lifecycle
 from backchannel.books import Spent
@@ -20,6 +22,7 @@ from backchannel.settings import Settings
 from backchannel.tables import SUCCEEDED
 from tests import makers
 
+ECHO = {"prompt": "Hello?", "model": "echo"}
 FRAME = re.compile(rb"id: (\d+)\nevent: (\w+)\ndata: ([^\n]*)\n\n")
 
 
@@ -129,3 +132,11 @@ def frames_of(log: list[Event]) -> bytes:
 def after(frames: bytes, seq: int) -> bytes:
     """The frames numbered above `seq`."""
     return b"".join(match[0] for match in FRAME.finditer(frames) if int(match[1]) > seq)
+
+
+async def post(client: httpx2.AsyncClient, **fields: Any) -> dict[str, Any]:
+    """A job, accepted over HTTP."""
+    answer = await client.post("/v1/jobs", json=ECHO | fields)
+    assert answer.status_code == 202, answer.text
+    job: dict[str, Any] = answer.json()
+    return job

@@ -16,7 +16,7 @@ import api.auth
 from api import auth
 from api.deps import StrictRoute
 from api.main import ROUTERS, create_app
-from backchannel import batches, keys
+from backchannel import batch_lines, keys
 from backchannel.batch_input import job_of_line
 from backchannel.db import Database
 from backchannel.errors import ModelNotAllowed
@@ -363,5 +363,5 @@ async def test_a_batch_keeps_to_the_models_of_its_caller_s_key(
     # what the planner makes the line's error of
     with pytest.raises(ModelNotAllowed, match="'echo:echo-1'"):
         batching.plan_once(database, batch, room=1)
-    (head,) = database.read_now(lambda c: batches.unplanned(c, batch_id, 2, 1))
+    (head,) = database.read_now(lambda c: batch_lines.unplanned(c, batch_id, 2, 1))
     assert job_of_line(batch, lines[1], head, get_registry()).model == "llama3"

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from backchannel import lifecycle
+from backchannel import lifecycle, reaping
 from backchannel.db import Database
 from backchannel.events import unpack_log
 from backchannel.tables import CANCELLED, TERMINAL
@@ -149,7 +149,7 @@ async def test_a_turn_whose_worker_died_keeps_what_its_readers_saw(
     database.write_now(
         lambda c: c.exec_driver_sql("UPDATE jobs SET lease_ms = 1 WHERE state = 'running'")
     )
-    assert database.write_now(lambda c: lifecycle.reap(c, first["id"], 1))
+    assert database.write_now(lambda c: reaping.reap(c, first["id"], 1))
     second = await turn(client, session, prompt="No, dogs.")
     async with asyncio.timeout(10):  # nobody but the API is there to end it
         while (await get(client, first["id"]))["state"] != "cancelled":  # noqa: ASYNC110

@@ -16,7 +16,7 @@ import pytest
 from redis.asyncio import Redis
 
 import api.jobs
-from backchannel import lifecycle
+from backchannel import reaping
 from backchannel.bus import ROLL_CALL_S
 from backchannel.db import Database
 from backchannel.settings import Settings
@@ -165,7 +165,7 @@ async def test_another_attempt_is_told_as_a_reset_in_the_same_numbers(
     first = await play.start(job_id)
     await first.say("Hel")
     makers.lapse(database, job_id)
-    assert await play.write(lambda c: lifecycle.reap(c, job_id, 1))
+    assert await play.write(lambda c: reaping.reap(c, job_id, 1))
     second = await play.start(job_id)
     await second.say("Hello.")
     whole = await second.finish()

@@ -7,14 +7,15 @@ from typing import Any
 
 from sqlalchemy import select
 
-from backchannel import batches, files, lifecycle
+from backchannel import batch_lines, batches, files, ids, lifecycle
 from backchannel.batch_input import check_lines, job_of_line, too_long
 from backchannel.batch_output import page, pages
 from backchannel.batches import NewBatch
 from backchannel.db import Database, now_ms
 from backchannel.files import Chunk, Cutter
 from backchannel.registry import get_registry
-from backchannel.tables import SUCCEEDED, batch_lines, jobs
+from backchannel.tables import SUCCEEDED, jobs
+from backchannel.tables import batch_lines as lines_table
 from backchannel.tables import batches as table
 from tests import makers
 
@@ -30,7 +31,7 @@ def line(custom_id: Any, **changes: Any) -> bytes:
 
 def upload(database: Database, *lines: bytes) -> str:
     """A file of these lines."""
-    file_id, cutter = batches.new_file_id(), Cutter()
+    file_id, cutter = ids.new_file_id(), Cutter()
     database.write_now(lambda c: files.begin(c, file_id, "alice"))
 
     def put(chunk: Chunk | None) -> None:
@@ -79,13 +80,13 @@ def validate_once(database: Database, batch: Any) -> bool:
     elif chunk is not None:
         heads, faults = check_lines(chunk.unpack(), chunk.first_line, batch.endpoint)
     return database.write_now(
-        lambda c: batches.add_lines(c, batch.id, batch.checked, heads, faults, last=last)
+        lambda c: batch_lines.add_lines(c, batch.id, batch.checked, heads, faults, last=last)
     )
 
 
 def plan_once(database: Database, batch: Any, room: int = 10) -> bool:
     """Make jobs of the next lines of one chunk."""
-    heads = database.read_now(lambda c: batches.unplanned(c, batch.id, batch.next_line, room))
+    heads = database.read_now(lambda c: batch_lines.unplanned(c, batch.id, batch.next_line, room))
     chunk = database.read_now(lambda c: files.chunk_with(c, batch.input_file_id, heads[0].line))
     assert chunk is not None
     lines = chunk.unpack()
@@ -95,7 +96,9 @@ def plan_once(database: Database, batch: Any, room: int = 10) -> bool:
         for head in heads
     ]
     there = heads[-1].line + 1
-    return database.write_now(lambda c: batches.plan(c, batch.id, batch.next_line, there, new, []))
+    return database.write_now(
+        lambda c: batch_lines.plan(c, batch.id, batch.next_line, there, new, [])
+    )
 
 
 def validated(database: Database, *lines: bytes, **changes: Any) -> str:
@@ -122,8 +125,8 @@ def jobs_of(database: Database, batch_id: str) -> list[Any]:
 
 def lines_of(database: Database, batch_id: str) -> list[Any]:
     """A batch's lines."""
-    statement = batch_lines.select().where(batch_lines.c.batch_id == batch_id)
-    found = database.read_now(lambda c: c.execute(statement.order_by(batch_lines.c.line)).all())
+    statement = lines_table.select().where(lines_table.c.batch_id == batch_id)
+    found = database.read_now(lambda c: c.execute(statement.order_by(lines_table.c.line)).all())
     return list(found)
 
 

@@ -1,187 +1,113 @@
-"""A batch's lines: what their bodies ask is kept, or refused by name; what answers them."""
+"""A batch's lines: wrong ones named by their numbers, the others made jobs once, whoever plans."""
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
-from openai.types.chat import ChatCompletion
-from openai.types.responses import Response
 
-from backchannel import batch_input
-from backchannel.batch_input import CHAT, RESPONSES, Asked
-from backchannel.batch_output import answer, failure
-from backchannel.errors import InvalidRequest
-from backchannel.registry import build_registry
-from backchannel.settings import Settings
-
-MESSAGES = [{"role": "user", "content": "Hi"}]
-CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-
-
-def job(**changes: Any) -> SimpleNamespace:
-    """A row of a job that is over."""
-    usual: dict[str, Any] = {
-        "job_id": "job_123",
-        "created_ms": 1_795_316_400_250,
-        "provider": "openai",
-        "model": "gpt-5-mini",
-        "message": {"role": "assistant", "content": "Hello"},
-        "finish_reason": "stop",
-        "meta": {},
-        "asked": None,
-        "error_code": None,
-        "error_message": None,
-        "source": "final",
-        "input_tokens": 5,
-        "cached_tokens": 1,
-        "cache_write_tokens": 0,
-        "output_tokens": 7,
-        "reasoning_tokens": 2,
-        "cost_nanousd": 1_200_000,
-        "price_date": None,
-    }
-    return SimpleNamespace(**usual | changes)
-
-
-def ask(endpoint: str, body: dict[str, Any]) -> Asked:
-    """What a line with this body asks."""
-    registry = build_registry(Settings())
-    return batch_input.ask(endpoint, json.dumps({"body": body}).encode(), registry)
-
-
-def test_a_chat_is_taken_as_it_is() -> None:
-    body = {"model": "echo", "messages": MESSAGES, "seed": 7, "stream": False, "user": None}
-    asked = ask(CHAT, body | {"metadata": {"a": "b"}, "store": True})
-    assert (asked.resolved.id, asked.messages) == ("echo:echo-1", MESSAGES)
-    assert asked.parameters == {"seed": 7}
-    assert (asked.order.system, asked.order.metadata) == (None, {"a": "b"})
+from backchannel import batch_lines, batches, files
+from backchannel.batch_lines import Refused
+from backchannel.db import Database
+from tests import makers
+from tests.backchannel import batching
+from tests.backchannel.batching import content, finish, jobs_of, line, lines_of, row
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "body", "param"),
+    ("bad", "code"),
     [
-        (CHAT, {}, "messages"),
-        (CHAT, {"messages": []}, "messages"),
-        (CHAT, {"messages": [{"role": "usr", "content": "a"}]}, "messages[0].role"),
-        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
-        (CHAT, {"messages": MESSAGES, "stream": True}, "stream"),
-        (CHAT, {"messages": MESSAGES, "x_backchannel": {"lane": "batch"}}, "x_backchannel"),
-        (CHAT, {"messages": MESSAGES, "n": 2}, "n"),
-        (RESPONSES, {}, "input"),
-        (RESPONSES, {"input": 7}, "input"),
-        (RESPONSES, {"input": [{"type": "computer_call"}]}, "input[0].type"),
-        (RESPONSES, {"input": "a", "background": True}, "background"),
-        (RESPONSES, {"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
-        (RESPONSES, {"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
-        (RESPONSES, {"input": "a", "reasoning": {"effort": 7}}, "reasoning.effort"),
-        (RESPONSES, {"input": "a", "truncation": "some"}, "truncation"),
+        (b"{", "invalid_json_line"),
+        (b"[]", "invalid_json_line"),
+        (b'{"custom_id": NaN}', "invalid_json_line"),
+        (line(None), "missing_required_parameter"),
+        (line(7), "invalid_custom_id"),
+        (line("x" * 600), "invalid_custom_id"),
+        (line("a"), "duplicate_custom_id"),
+        (line("b", method="GET"), "invalid_method"),
+        (line("b", method=None), "invalid_method"),
+        (line("b", url="/v1/embeddings"), "invalid_url"),
+        (line("b", body="Hi"), "missing_required_parameter"),
+        (line("b", body=None), "missing_required_parameter"),
+        (line("b", pad="x" * files.MAX_LINE_BYTES), "line_too_long"),
+        (line("b", pad="x" * 2 * files.MAX_LINE_BYTES), "line_too_long"),
     ],
 )
-def test_what_cannot_be_asked_is_named(endpoint: str, body: dict[str, Any], param: str) -> None:
-    with pytest.raises(InvalidRequest) as refused:
-        ask(endpoint, {"model": "echo"} | body)
-    assert refused.value.param == param
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "body"), [(CHAT, {"messages": MESSAGES}), (RESPONSES, {"input": "Hi"})]
-)
-def test_a_line_may_have_fallbacks_and_name_a_tier(
-    endpoint: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_line_of_the_wrong_form_fails_the_batch_by_its_number(
+    database: Database, bad: bytes, code: str
 ) -> None:
-    ours = {"x_backchannel": {"fallbacks": ["ollama:x", "groq:no-key"]}}
-    asked = ask(endpoint, {"model": "echo"} | body | ours)
-    assert (asked.resolved.id, asked.fallbacks) == ("echo:echo-1", ["ollama:x"])
-    monkeypatch.setenv("BACKCHANNEL_TIERS__FAST", '["groq:none", "ollama:x", "echo:quick"]')
-    asked = ask(endpoint, {"model": "auto"} | body)
-    assert (asked.resolved.id, asked.fallbacks) == ("ollama:x", ["echo:quick"])
-    line = SimpleNamespace(
-        id="batch_1", caller="local", endpoint=endpoint, left_ms=1_000, models=None
-    )
-    raw = json.dumps({"body": {"model": "tier:fast"} | body}).encode()
-    registry = build_registry(Settings())
-    made = batch_input.job_of_line(line, raw, batch_input.Head(1, "a"), registry)
-    assert (made.provider, made.model, made.fallbacks) == ("ollama", "x", ["echo:quick"])
-    assert made.model_reason == (
-        "'tier:fast'; first available is ollama; skipped groq:none (no key)"
-    )
+    batch_id = batching.validated(database, line("a"), b"", bad, line("z"))
+    batch = row(database, batch_id)
+    assert batch.status == "failed"
+    assert (batch.faults[0]["line"], batch.faults[0]["code"]) == (3, code)
+    database.write_now(batch_lines.forget_unbegun)
+    assert lines_of(database, batch_id) == []
 
 
-def test_a_response_s_body_becomes_a_chat() -> None:
-    asked = ask(
-        RESPONSES,
-        {
-            "model": "echo",
-            "input": [
-                {"role": "user", "content": [{"type": "input_text", "text": "Look."}]},
-                {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"},
-                {"type": "function_call_output", "call_id": "call_1", "output": "7"},
-            ],
-            "instructions": "Be brief.",
-            "max_output_tokens": 9,
-            "reasoning": {"effort": "low"},
-            "text": {"format": {"type": "json_schema", "name": "s", "schema": {}}},
-            "tools": [{"type": "function", "name": "f", "parameters": {}}],
-            "tool_choice": {"type": "function", "name": "f"},
-        },
-    )
-    assert asked.order.system == "Be brief."
-    assert asked.messages == [
-        {"role": "user", "content": "Look."},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "7"},
-    ]
-    assert asked.parameters == {
-        "max_completion_tokens": 9,
-        "reasoning_effort": "low",
-        "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}},
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-        "tool_choice": {"type": "function", "function": {"name": "f"}},
+def test_an_empty_file_fails(database: Database) -> None:
+    for content_ in ([], [b"", b"  "]):
+        batch = row(database, batching.validated(database, *content_))
+        assert (batch.status, batch.faults[0]["code"]) == ("failed", "empty_file")
+
+
+def test_faults_are_named_up_to_a_cap_and_counted_beyond(database: Database) -> None:
+    batch = row(database, batching.validated(database, line("a"), *[b"{"] * 150))
+    assert (batch.faults_count, len(batch.faults)) == (150, 100)
+    assert [fault["line"] for fault in batch.faults] == list(range(2, 102))
+
+
+def test_an_id_is_found_again_in_another_chunk(database: Database) -> None:
+    pad = "x" * (files.CHUNK_BYTES // 2)
+    lines = [line(str(number), pad=pad) for number in range(6)]
+    batch_id = batching.create(database, batching.upload(database, *lines, line("1")))
+    chunks = 0
+    while row(database, batch_id).status == "validating":
+        chunks += batching.validate_once(database, row(database, batch_id))
+    assert chunks > 2
+    (fault,) = row(database, batch_id).faults
+    assert (fault["line"], fault["code"]) == (7, "duplicate_custom_id")
+
+
+def test_a_step_that_was_made_is_not_made_again(database: Database) -> None:
+    batch_id = batching.create(database, batching.upload(database, *map(line, "abc")))
+    batch = row(database, batch_id)
+    assert batching.validate_once(database, batch)
+    assert not batching.validate_once(database, batch)
+    batch = row(database, batch_id)
+    assert batching.plan_once(database, batch)
+    before = makers.everything(database)
+    assert not batching.plan_once(database, batch)
+    assert makers.everything(database) == before
+
+
+def test_a_refused_line_is_in_the_errors_and_the_rest_is_planned(database: Database) -> None:
+    batch_id = batching.validated(database, line("a"), line("b"))
+    refused = [Refused(1, 400, {"error": {"message": "No.", "code": "x"}})]
+    assert database.write_now(lambda c: batch_lines.plan(c, batch_id, 1, 2, [], refused))
+    (record,) = content(database, batch_id, "error")
+    assert record["response"] == {
+        "status_code": 400,
+        "request_id": record["id"],
+        "body": {"error": {"message": "No.", "code": "x"}},
     }
+    batch = row(database, batch_id)
+    assert (batch.planned, batch.failed, batch.last_seq, batch.next_line) == (1, 1, 1, 2)
 
 
-def test_a_job_answers_as_a_chat_completion() -> None:
-    body = answer(CHAT, job())
-    found = ChatCompletion.model_validate(body, strict=True)
-    assert found.choices[0].message.content == "Hello"
-    assert found.usage is not None
-    assert (found.usage.total_tokens, found.created) == (12, 1_795_316_400)
-    assert body["usage"]["cost_usd"] == 0.0012
+def test_a_retry_is_a_batch_of_the_lines_without_an_answer(database: Database) -> None:
+    batch_id = batching.validated(database, *map(line, "abcdef"))
+    batching.plan_once(database, row(database, batch_id), room=3)
+    for job, state in zip(
+        jobs_of(database, batch_id), ("succeeded", "failed", "succeeded"), strict=True
+    ):
+        finish(database, job.id, state)
+    database.write_now(lambda c: batches.cancel(c, batch_id, "alice"))
+    assert batching.end(database, batch_id, "cancelled")
 
-
-@pytest.mark.parametrize(
-    ("changes", "kinds", "status"),
-    [
-        ({}, ["message"], "completed"),
-        ({"finish_reason": "length"}, ["message"], "incomplete"),
-        (
-            {"message": {"content": None, "tool_calls": [CALL]}, "finish_reason": "tool_calls"},
-            ["function_call"],
-            "completed",
-        ),
-        ({"message": {"content": "a", "reasoning": "b"}}, ["reasoning", "message"], "completed"),
-    ],
-)
-def test_a_job_answers_as_a_response(
-    changes: dict[str, Any], kinds: list[str], status: str
-) -> None:
-    found = Response.model_validate(answer(RESPONSES, job(**changes)))
-    assert ([item.type for item in found.output], found.status) == (kinds, status)
-
-
-def test_unknown_usage_is_not_zero() -> None:
-    unknown = {"input_tokens": None, "output_tokens": None, "source": "unknown"}
-    for endpoint in (CHAT, RESPONSES):
-        assert answer(endpoint, job(**unknown))["usage"] is None
-
-
-@pytest.mark.parametrize(
-    ("code", "status"), [("auth", 401), ("truncated", 502), ("content_filter", 400)]
-)
-def test_a_failure_is_an_http_error(code: str, status: int) -> None:
-    found, body = failure(job(error_code=code, error_message="No.", source=None))
-    assert (found, body["error"]["code"], "usage" in body) == (status, code, False)
-    assert failure(job(error_code=code))[1]["usage"]["total_tokens"] == 12
+    parent = row(database, batch_id)
+    child_id = batching.create(database, parent.input_file_id, parent_id=batch_id)
+    assert database.write_now(lambda c: batch_lines.copy_lines(c, child_id, batch_id, 0))
+    assert not database.write_now(lambda c: batch_lines.copy_lines(c, child_id, batch_id, 0))
+    child = row(database, child_id)
+    assert (child.status, child.total) == ("in_progress", 4)
+    assert [each.custom_id for each in lines_of(database, child_id)] == list("bdef")
+    assert batching.plan_once(database, child)
+    assert [job.line for job in jobs_of(database, child_id)] == [2, 4, 5, 6]

@@ -1,18 +1,17 @@
-"""Batches: every line once, whoever plans; every end counted once; nothing paid for is lost."""
+"""Batches: every end counted once, whoever sees it; nothing paid for is lost."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from typing import Any
 
 import pytest
 from sqlalchemy import update
 
-from backchannel import batches, files, lifecycle
-from backchannel.batches import Refused
+from backchannel import batch_lines, batches, cancelling, closing, files, lifecycle
 from backchannel.db import Database, now_ms
 from backchannel.errors import Conflict
 from backchannel.tables import BATCH_FOLLOWS, BATCH_TERMINAL
@@ -25,7 +24,7 @@ from tests.backchannel.batching import content, finish, jobs_of, line, lines_of,
 @pytest.fixture
 def other(database: Database, database_url: str) -> Iterator[Database]:
     """Another process's way to the same database."""
-    with closing(Database(database_url, name="other")) as opened:
+    with contextlib.closing(Database(database_url, name="other")) as opened:
         yield opened
 
 
@@ -44,7 +43,7 @@ def test_only_what_follows_can_be_reached() -> None:
     for here, follows in BATCH_FOLLOWS.items():
         for there in BATCH_FOLLOWS.keys() - follows:
             with pytest.raises(AssertionError):
-                batches._turn(here, there)
+                batches.turn(here, there)
     assert {"completed", "failed", "expired", "cancelled"} == BATCH_TERMINAL
 
 
@@ -72,60 +71,6 @@ def test_a_batch_goes_from_its_file_to_its_end(database: Database) -> None:
     assert not batching.end(database, batch_id)
 
 
-@pytest.mark.parametrize(
-    ("bad", "code"),
-    [
-        (b"{", "invalid_json_line"),
-        (b"[]", "invalid_json_line"),
-        (b'{"custom_id": NaN}', "invalid_json_line"),
-        (line(None), "missing_required_parameter"),
-        (line(7), "invalid_custom_id"),
-        (line("x" * 600), "invalid_custom_id"),
-        (line("a"), "duplicate_custom_id"),
-        (line("b", method="GET"), "invalid_method"),
-        (line("b", method=None), "invalid_method"),
-        (line("b", url="/v1/embeddings"), "invalid_url"),
-        (line("b", body="Hi"), "missing_required_parameter"),
-        (line("b", body=None), "missing_required_parameter"),
-        (line("b", pad="x" * files.MAX_LINE_BYTES), "line_too_long"),
-        (line("b", pad="x" * 2 * files.MAX_LINE_BYTES), "line_too_long"),
-    ],
-)
-def test_a_line_of_the_wrong_form_fails_the_batch_by_its_number(
-    database: Database, bad: bytes, code: str
-) -> None:
-    batch_id = batching.validated(database, line("a"), b"", bad, line("z"))
-    batch = row(database, batch_id)
-    assert batch.status == "failed"
-    assert (batch.faults[0]["line"], batch.faults[0]["code"]) == (3, code)
-    database.write_now(batches.forget_unbegun)
-    assert lines_of(database, batch_id) == []
-
-
-def test_an_empty_file_fails(database: Database) -> None:
-    for content_ in ([], [b"", b"  "]):
-        batch = row(database, batching.validated(database, *content_))
-        assert (batch.status, batch.faults[0]["code"]) == ("failed", "empty_file")
-
-
-def test_faults_are_named_up_to_a_cap_and_counted_beyond(database: Database) -> None:
-    batch = row(database, batching.validated(database, line("a"), *[b"{"] * 150))
-    assert (batch.faults_count, len(batch.faults)) == (150, 100)
-    assert [fault["line"] for fault in batch.faults] == list(range(2, 102))
-
-
-def test_an_id_is_found_again_in_another_chunk(database: Database) -> None:
-    pad = "x" * (files.CHUNK_BYTES // 2)
-    lines = [line(str(number), pad=pad) for number in range(6)]
-    batch_id = batching.create(database, batching.upload(database, *lines, line("1")))
-    chunks = 0
-    while row(database, batch_id).status == "validating":
-        chunks += batching.validate_once(database, row(database, batch_id))
-    assert chunks > 2
-    (fault,) = row(database, batch_id).faults
-    assert (fault["line"], fault["code"]) == (7, "duplicate_custom_id")
-
-
 def test_a_key_makes_a_batch_once(database: Database) -> None:
     file_id = batching.upload(database, line("a"))
     first = batching.create(database, file_id, idempotency_key="k")
@@ -135,18 +80,6 @@ def test_a_key_makes_a_batch_once(database: Database) -> None:
 
 
 # ---------------------------------------------------------------- planners that meet
-
-
-def test_a_step_that_was_made_is_not_made_again(database: Database) -> None:
-    batch_id = batching.create(database, batching.upload(database, *map(line, "abc")))
-    batch = row(database, batch_id)
-    assert batching.validate_once(database, batch)
-    assert not batching.validate_once(database, batch)
-    batch = row(database, batch_id)
-    assert batching.plan_once(database, batch)
-    before = makers.everything(database)
-    assert not batching.plan_once(database, batch)
-    assert makers.everything(database) == before
 
 
 def test_planners_that_race_make_one_job_of_each_line(database: Database, other: Database) -> None:
@@ -291,20 +224,6 @@ def test_the_files_grow_and_what_was_read_never_changes(database: Database) -> N
     assert failed["response"]["body"]["error"]["code"] == "why_failed"
 
 
-def test_a_refused_line_is_in_the_errors_and_the_rest_is_planned(database: Database) -> None:
-    batch_id = batching.validated(database, line("a"), line("b"))
-    refused = [Refused(1, 400, {"error": {"message": "No.", "code": "x"}})]
-    assert database.write_now(lambda c: batches.plan(c, batch_id, 1, 2, [], refused))
-    (record,) = content(database, batch_id, "error")
-    assert record["response"] == {
-        "status_code": 400,
-        "request_id": record["id"],
-        "body": {"error": {"message": "No.", "code": "x"}},
-    }
-    batch = row(database, batch_id)
-    assert (batch.planned, batch.failed, batch.last_seq, batch.next_line) == (1, 1, 1, 2)
-
-
 # ---------------------------------------------------------------- cancel, expiry, retry
 
 
@@ -318,10 +237,10 @@ def test_cancel_keeps_what_is_done_and_names_every_other_line(database: Database
     found = database.write_now(lambda c: batches.cancel(c, batch_id, "alice"))
     assert found.status == "cancelling"
     assert not batching.plan_once(database, row(database, batch_id))
-    stop = database.write_now(lambda c: lifecycle.request_cancel_of_batch(c, batch_id))
+    stop = database.write_now(lambda c: cancelling.request_cancel_of_batch(c, batch_id))
     assert stop == [running.id]
     closed = makers.outcome("cancelled", error_code=None, error_message=None, spent=None)
-    assert database.write_now(lambda c: lifecycle.close_unstarted(c, batch_id, closed)) == 2
+    assert database.write_now(lambda c: closing.close_unstarted(c, batch_id, closed)) == 2
     assert not batching.end(database, batch_id, "cancelled"), "one still runs"
     partly = makers.outcome("cancelled", spent=makers.SPENT)
     assert database.write_now(lambda c: lifecycle.finish(c, claim, partly))
@@ -358,7 +277,7 @@ def test_what_ends_before_its_file_was_read_has_no_lines_and_no_files(database: 
         batch = row(database, batch_id)
         assert (batch.status, batch.total, batch.failed) == (status, 0, 0)
         assert (batch.output_file_id, batch.error_file_id) == (None, None)
-    database.write_now(batches.forget_unbegun)
+    database.write_now(batch_lines.forget_unbegun)
     assert makers.rows(database, "batch_lines") == []
 
 
@@ -379,7 +298,7 @@ def test_expiry_keeps_what_is_done_and_names_every_other_line(database: Database
     makers.change(database, queued.id, deadline_ms=1)
     assert database.write_now(lambda c: batches.finalize(c, batch_id))
     expired = makers.outcome("expired", spent=None)
-    assert database.write_now(lambda c: lifecycle.close_unstarted(c, batch_id, expired)) == 1
+    assert database.write_now(lambda c: closing.close_unstarted(c, batch_id, expired)) == 1
     assert database.read_now(lambda c: batches.has_expired(c, row(database, batch_id)))
     assert batching.end(database, batch_id, "expired")
     assert [each["custom_id"] for each in content(database, batch_id, "output")] == ["a"]
@@ -388,27 +307,6 @@ def test_expiry_keeps_what_is_done_and_names_every_other_line(database: Database
         (name, "batch_expired") for name in "bcd"
     ]
     assert all(each["response"] is None for each in errors)
-
-
-def test_a_retry_is_a_batch_of_the_lines_without_an_answer(database: Database) -> None:
-    batch_id = batching.validated(database, *map(line, "abcdef"))
-    batching.plan_once(database, row(database, batch_id), room=3)
-    for job, state in zip(
-        jobs_of(database, batch_id), ("succeeded", "failed", "succeeded"), strict=True
-    ):
-        finish(database, job.id, state)
-    database.write_now(lambda c: batches.cancel(c, batch_id, "alice"))
-    assert batching.end(database, batch_id, "cancelled")
-
-    parent = row(database, batch_id)
-    child_id = batching.create(database, parent.input_file_id, parent_id=batch_id)
-    assert database.write_now(lambda c: batches.copy_lines(c, child_id, batch_id, 0))
-    assert not database.write_now(lambda c: batches.copy_lines(c, child_id, batch_id, 0))
-    child = row(database, child_id)
-    assert (child.status, child.total) == ("in_progress", 4)
-    assert [each.custom_id for each in lines_of(database, child_id)] == list("bdef")
-    assert batching.plan_once(database, child)
-    assert [job.line for job in jobs_of(database, child_id)] == [2, 4, 5, 6]
 
 
 # ---------------------------------------------------------------- files

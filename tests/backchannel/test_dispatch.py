@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event
 
+from backchannel import cancelling, closing, lifecycle, reaping
 from backchannel import dispatch as module
-from backchannel import lifecycle
 from backchannel.accept import accept
 from backchannel.db import Database
 from backchannel.dispatch import dispatch, live_slots
@@ -129,7 +129,7 @@ def test_what_a_dead_worker_had_is_ahead_of_everybodys_line(database: Database) 
     bob = lines(database, 3, caller="bob")
     claimed(database, bob[2])
     lapse(database, bob[2])
-    assert database.write_now(lambda c: lifecycle.reap(c, bob[2], 1))
+    assert database.write_now(lambda c: reaping.reap(c, bob[2], 1))
     assert rung(database, window=1) == [bob[2]]
 
 
@@ -146,7 +146,7 @@ def test_a_job_is_not_rung_when_it_is(why: str, database: Database) -> None:
         if why == "not due":
             change(database, job_id, run_ms=ago(database, -60))
         elif why == "cancelled":
-            database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
+            database.write_now(lambda c: cancelling.request_cancel(c, job_id, "alice"))
         else:
             claimed(database, job_id)
     assert rung(database) == []
@@ -256,9 +256,9 @@ LOOKUPS: dict[str, tuple[Any, str]] = {
     "who is next": (module._DUE, "ix_jobs_unrung"),
     "how many are rung": (module._COUNT_RUNG, "ix_jobs_rung"),
     "lost bells": (module._LOST, "ix_jobs_rung"),
-    "lapsed": (lifecycle._LAPSED, "ix_jobs_running"),
-    "cancelled": (lifecycle._OVERDUE[0], "ix_jobs_cancelling"),
-    "overdue": (lifecycle._OVERDUE[1], "ix_jobs_deadline"),
+    "lapsed": (reaping._LAPSED, "ix_jobs_running"),
+    "cancelled": (closing._OVERDUE[0], "ix_jobs_cancelling"),
+    "overdue": (closing._OVERDUE[1], "ix_jobs_deadline"),
     "claim": (lifecycle._CLAIM, "sqlite_autoindex_jobs_1"),
     "heartbeat": (lifecycle._HEARTBEAT, "sqlite_autoindex_jobs_1"),
 }

@@ -1,113 +1,41 @@
-"""Every transition of a job: what it writes when its guard matches; else it writes nothing."""
+"""A worker's transitions: what each writes when its guard matches; else it writes nothing."""
 
 from __future__ import annotations
 
-import random
 import threading
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 
-from backchannel import lifecycle
-from backchannel.accept import accept
+from backchannel import cancelling, closing, lifecycle, reaping
 from backchannel.books import Doorbell, Finished
 from backchannel.db import Database
 from backchannel.lifecycle import Claim
-from backchannel.tables import (
-    CANCELLED,
-    EXPIRED,
-    FAILED,
-    FOLLOWS,
-    QUEUED,
-    RUNNING,
-    STATES,
-    SUCCEEDED,
-    TERMINAL,
-    jobs,
-    workers,
-)
+from backchannel.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, TERMINAL
 from tests.makers import (
     LEASE_S,
-    SPENT,
     ago,
+    assert_writes_nothing,
     calling,
     change,
+    claim_of,
     claimed,
-    everything,
     finished,
     lapse,
-    new_job,
     outcome,
     queued,
+    retry_of,
     row,
     rows,
     session,
     until_somebody_waits,
     webhook,
+    writes_of,
 )
-
-Step = Callable[[Connection], Any]
-
-
-def claim_of(job_id: str, owner: str = "worker-2") -> Step:
-    return lambda c: lifecycle.claim(c, job_id, owner, LEASE_S)
-
-
-def retry_of(claim: Claim, **changes: Any) -> Step:
-    usual: dict[str, Any] = {
-        "delay_s": 0.0, "burns_attempt": True, "error_code": "disconnected",
-        "error_message": "It broke.", "spent": SPENT,
-    }  # fmt: skip
-    return lambda c: lifecycle.retry_later(c, claim, **usual | changes)
-
-
-def writes_of(claim: Claim) -> dict[str, Step]:
-    """All that a worker can write for its attempt, by name."""
-    return {
-        "mark_call": lambda c: lifecycle.mark_call(c, claim),
-        **{
-            f"finish {state}": lambda c, state=state: lifecycle.finish(c, claim, outcome(state))
-            for state in sorted(TERMINAL)
-        },
-        "retry_later": retry_of(claim),
-        "hand_back": lambda c: lifecycle.hand_back(c, claim, SPENT),
-        "heartbeat": lambda c: lifecycle.heartbeat(c, claim.owner, [claim.job_id], LEASE_S),
-    }
-
-
-def assert_writes_nothing(database: Database, step: Step) -> None:
-    before = everything(database)
-    assert not database.write_now(step)
-    assert everything(database) == before
-
-
-# ---------------------------------------------------------------- the states as data
-
-
-def test_each_state_says_which_follow_and_a_terminal_one_has_none() -> None:
-    assert set(FOLLOWS) == set(STATES)
-    assert {state for state, next_ in FOLLOWS.items() if not next_} == TERMINAL
-
-
-@pytest.mark.parametrize(
-    ("here", "there"), [(a, b) for a in STATES for b in STATES if b not in FOLLOWS[a]]
-)
-def test_no_statement_can_be_made_for_a_move_that_does_not_follow(here: str, there: str) -> None:
-    with pytest.raises(AssertionError, match="does not follow"):
-        lifecycle._move(here, there)
-
-
-def test_ids_are_ordered_by_time() -> None:
-    made = [lifecycle.new_id("job") for _ in range(1000)]
-    assert made == sorted(set(made))
-    assert all(each.startswith("job_") and len(each) == 36 for each in made)
-
 
 # ---------------------------------------------------------------- claim
 
@@ -156,7 +84,7 @@ def test_a_job_is_not_claimed_when_it_is(why: str, database: Database) -> None:
         case "past its deadline":
             change(database, job_id, deadline_ms=ago(database, 1))
         case "cancelled":
-            database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
+            database.write_now(lambda c: cancelling.request_cancel(c, job_id, "alice"))
         case _:
             job_id = "job_of_nobody"
     assert_writes_nothing(database, claim_of(job_id))
@@ -219,9 +147,9 @@ def test_a_heartbeat_renews_its_own_and_tells_what_is_lost(database: Database) -
     for job_id in (mine, cancelled, back, done):
         claimed(database, job_id)
     claimed(database, other, "worker-2")
-    database.write_now(lambda c: lifecycle.request_cancel(c, cancelled, "alice"))
+    database.write_now(lambda c: cancelling.request_cancel(c, cancelled, "alice"))
     lapse(database, back)
-    assert database.write_now(lambda c: lifecycle.reap(c, back, 1))
+    assert database.write_now(lambda c: reaping.reap(c, back, 1))
     finisher = Claim(**{**_blank(done), "attempt": 1})
     assert database.write_now(lambda c: lifecycle.finish(c, finisher, outcome()))
     for job_id in (mine, other):
@@ -276,13 +204,13 @@ def test_a_worker_that_lost_its_attempt_writes_nothing(why: str, database: Datab
     match why:
         case "reaped" | "taken by another" | "cancelled":
             lapse(database, job_id)
-            assert database.write_now(lambda c: lifecycle.reap(c, job_id, 1))
+            assert database.write_now(lambda c: reaping.reap(c, job_id, 1))
             if why == "taken by another":
                 calling(database, job_id, "worker-2")
             elif why == "cancelled":
-                database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
+                database.write_now(lambda c: cancelling.request_cancel(c, job_id, "alice"))
                 assert database.write_now(
-                    lambda c: lifecycle.close_queued(c, job_id, 1, outcome(CANCELLED))
+                    lambda c: closing.close_queued(c, job_id, 1, outcome(CANCELLED))
                 )
         case "wrong owner":
             claim = replace(claim, owner="worker-2")
@@ -305,17 +233,17 @@ def test_a_mark_that_waited_for_the_reaper_comes_too_late(postgres_url: str) -> 
     reaped, may_commit = threading.Event(), threading.Event()
 
     def reap(connection: Connection) -> bool:
-        done = lifecycle.reap(connection, job_id, 1)
+        done = reaping.reap(connection, job_id, 1)
         reaped.set()
         assert may_commit.wait(30)
         return done
 
-    reaping = reaper.submit(reap)
+    taking = reaper.submit(reap)
     assert reaped.wait(30)
     marking: Future[bool] = worker.submit(lambda c: lifecycle.mark_call(c, claim))
     until_somebody_waits(reaper)
     may_commit.set()
-    assert reaping.result(30) is True
+    assert taking.result(30) is True
     assert marking.result(30) is False
     assert rows(reaper, "attempts")[0]["provider_call_ms"] is None
     worker.close()
@@ -442,371 +370,3 @@ def test_only_the_attempt_that_ended_the_job_is_billed(database: Database) -> No
     database.write_now(lambda c: lifecycle.finish(c, claim, outcome()))
     billed = {usage["attempt"]: bool(usage["billable"]) for usage in rows(database, "usage")}
     assert billed == {1: False, 2: False, 3: True}
-
-
-# ---------------------------------------------------------------- reap
-
-
-@pytest.mark.parametrize("called", [True, False])
-def test_a_reaped_job_goes_to_the_head_of_the_line(called: bool, database: Database) -> None:
-    job_id = queued(database)
-    (calling if called else claimed)(database, job_id)
-    change(database, job_id, run_ms=ago(database, 100))
-    lapse(database, job_id)
-    # who had not called yet can hardly have been killed by the job
-    assert [each[:3] for each in database.read_now(lifecycle.lapsed)] == [(job_id, 1, int(called))]
-    assert database.write_now(lambda c: lifecycle.reap(c, job_id, 1))
-    job = row(database, job_id)
-    assert (job.state, job.attempt, job.crashes) == (QUEUED, 1, int(called))
-    assert (job.retries, job.rank) == (0, 0)
-    assert (job.owner, job.lease_ms, job.rung_ms) == (None, None, None)
-    assert rows(database, "attempts")[0]["outcome"] == "reaped"
-    usage = [(bool(each["billable"]), each["source"]) for each in rows(database, "usage")]
-    assert usage == ([(False, "unknown")] if called else [])
-
-
-@pytest.mark.parametrize("why", ["renewed", "another attempt", "queued", "finished"])
-def test_a_job_is_not_reaped_when_it_is(why: str, database: Database) -> None:
-    job_id = queued(database)
-    attempt = 1
-    if why == "queued":
-        attempt = 0
-    else:
-        claim = calling(database, job_id)
-        lapse(database, job_id)
-        if why == "renewed":
-            database.write_now(lambda c: lifecycle.heartbeat(c, "worker-1", [job_id], LEASE_S))
-        elif why == "finished":
-            database.write_now(lambda c: lifecycle.finish(c, claim, outcome()))
-        else:
-            attempt = 2
-    if why != "another attempt":
-        assert database.read_now(lifecycle.lapsed) == []
-    assert_writes_nothing(database, lambda c: lifecycle.reap(c, job_id, attempt))
-    assert_writes_nothing(
-        database, lambda c: lifecycle.reap_poison(c, job_id, attempt, outcome(FAILED))
-    )
-
-
-def test_crashes_before_the_call_count_once_there_are_too_many(database: Database) -> None:
-    job_id = queued(database)
-    found = []
-    for attempt in range(1, lifecycle.MOST_UNCALLED + 3):
-        claimed(database, job_id)
-        lapse(database, job_id)
-        found += [each.crashes for each in database.read_now(lifecycle.lapsed)]
-        assert database.write_now(lambda c, attempt=attempt: lifecycle.reap(c, job_id, attempt))
-    assert found == [0] * (lifecycle.MOST_UNCALLED - 1) + [1, 2, 3]
-
-
-def test_a_job_is_no_poison_while_most_workers_die_without_it(database: Database) -> None:
-    job_id = queued(database)
-    calling(database, job_id, "worker-0")
-    lapse(database, job_id)
-    change(database, job_id, crashes=2)
-
-    def found(first: int, last: int) -> lifecycle.Lapsed:
-        for number in range(first, last):
-            database.write_now(
-                lambda c, number=number: lifecycle.sign_on(c, f"dead-{number}", "host", 1, 1)
-            )
-        # heard of since the job began, and not lately
-        seen = row(database, job_id).started_ms
-        database.write_now(lambda c: c.execute(workers.update().values(seen_ms=seen)))
-        return database.read_now(lambda c: lifecycle.lapsed(c, lease_s=0))[0]
-
-    few, many = found(0, 6), found(6, 7)
-    assert (few.crashes, few.deaths, few.is_suspect(3)) == (3, 6, True)
-    assert many.deaths > 2 * many.crashes
-    assert not many.is_suspect(3)
-    # but it cannot loop
-    assert many._replace(crashes=9).is_suspect(3)
-
-
-def test_a_job_that_takes_its_workers_with_it_fails_as_poison(database: Database) -> None:
-    webhook(database)
-    job_id = queued(database)
-    for crash in (1, 2):
-        calling(database, job_id)
-        lapse(database, job_id)
-        assert database.write_now(lambda c, crash=crash: lifecycle.reap(c, job_id, crash))
-    calling(database, job_id)
-    lapse(database, job_id)
-    assert [each[:3] for each in database.read_now(lifecycle.lapsed)] == [(job_id, 3, 3)]
-    poison = outcome(FAILED, error_code="poison", spent=None)
-    assert database.write_now(lambda c: lifecycle.reap_poison(c, job_id, 3, poison))
-    job = row(database, job_id)
-    assert (job.state, job.crashes, job.error_code, job.lease_ms) == (FAILED, 3, "poison", None)
-    usage = [(each["attempt"], bool(each["billable"])) for each in rows(database, "usage")]
-    assert usage == [(1, False), (2, False), (3, True)]
-    assert {each["source"] for each in rows(database, "usage")} == {"unknown"}
-    assert [told["type"] for told in rows(database, "deliveries")] == ["job.failed"]
-
-
-# ---------------------------------------------------------------- cancel, expire
-
-
-def test_a_queued_job_is_cancelled_without_an_attempt(database: Database) -> None:
-    webhook(database)
-    job_id = queued(database)
-    asked = database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
-    assert asked is not None
-    assert asked[:2] == (QUEUED, 0)
-    (due,) = database.read_now(lifecycle.overdue)
-    assert due[:3] == (job_id, 0, CANCELLED)
-    assert database.write_now(lambda c: lifecycle.close_queued(c, job_id, 0, outcome(CANCELLED)))
-    job = row(database, job_id)
-    assert (job.state, job.attempt) == (CANCELLED, 0)
-    assert job.finished_ms is not None
-    assert rows(database, "attempts") == rows(database, "usage") == []
-    assert [told["type"] for told in rows(database, "deliveries")] == ["job.cancelled"]
-    assert database.read_now(lifecycle.overdue) == []
-
-
-def test_a_running_job_hears_of_its_cancel_and_ends_itself(database: Database) -> None:
-    job_id = queued(database)
-    claim = calling(database, job_id)
-    asked = database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
-    assert asked is not None
-    assert asked[:2] == (RUNNING, 1)
-    assert row(database, job_id).state == RUNNING
-    assert_writes_nothing(
-        database, lambda c: lifecycle.close_queued(c, job_id, 1, outcome(CANCELLED))
-    )
-    assert database.write_now(lambda c: lifecycle.finish(c, claim, outcome(CANCELLED)))
-    assert row(database, job_id).state == CANCELLED
-
-
-def test_a_cancelled_job_whose_worker_died_is_not_started_again(database: Database) -> None:
-    job_id = queued(database)
-    calling(database, job_id)
-    database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
-    lapse(database, job_id)
-    assert database.write_now(lambda c: lifecycle.reap(c, job_id, 1))
-    assert_writes_nothing(database, claim_of(job_id))
-    (due,) = database.read_now(lifecycle.overdue)
-    assert due[:3] == (job_id, 1, CANCELLED)
-    assert database.write_now(lambda c: lifecycle.close_queued(c, job_id, 1, outcome(CANCELLED)))
-    assert [bool(each["billable"]) for each in rows(database, "usage")] == [False]
-    assert [each["outcome"] for each in rows(database, "attempts")] == ["reaped"]
-
-
-def test_the_first_cancel_is_the_one_on_record(database: Database) -> None:
-    job_id = queued(database)
-    database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
-    change(database, job_id, cancel_ms=12345)
-    database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "alice"))
-    assert row(database, job_id).cancel_ms == 12345
-
-
-@pytest.mark.parametrize("state", sorted(TERMINAL))
-def test_a_finished_job_cannot_be_cancelled(state: str, database: Database) -> None:
-    job_id = finished(database, state)
-    assert_writes_nothing(database, lambda c: lifecycle.request_cancel(c, job_id, "alice"))
-
-
-def test_nobody_cancels_anothers_job(database: Database) -> None:
-    job_id = queued(database)
-    assert_writes_nothing(database, lambda c: lifecycle.request_cancel(c, job_id, "mallory"))
-
-
-def test_a_job_past_its_deadline_expires(database: Database) -> None:
-    job_id = queued(database)
-    assert database.read_now(lifecycle.overdue) == []
-    change(database, job_id, deadline_ms=ago(database, 1))
-    (due,) = database.read_now(lifecycle.overdue)
-    assert due[:3] == (job_id, 0, EXPIRED)
-    assert database.write_now(lambda c: lifecycle.close_queued(c, job_id, 0, outcome(EXPIRED)))
-    assert row(database, job_id).state == EXPIRED
-
-
-@pytest.mark.parametrize("state", [CANCELLED, EXPIRED])
-@pytest.mark.parametrize("why", ["no reason", "another attempt", "running"])
-def test_a_job_is_not_closed_when_there_is(why: str, state: str, database: Database) -> None:
-    job_id = queued(database)
-    if why == "running":
-        claimed(database, job_id)
-    if why != "no reason":
-        reason = {CANCELLED: {"cancel_ms": 1}, EXPIRED: {"deadline_ms": 1}}
-        change(database, job_id, **reason[state])
-    attempt = row(database, job_id).attempt + (why == "another attempt")
-    assert_writes_nothing(
-        database, lambda c: lifecycle.close_queued(c, job_id, attempt, outcome(state))
-    )
-
-
-# ---------------------------------------------------------------- any order, and at once
-
-
-class Chaos:
-    """Workers, a reaper, a canceller and the clock, who act on one job in any order.
-
-    Workers keep every claim they ever got, and go on to write for it: most of them are zombies.
-    """
-
-    def __init__(self, database: Database, seed: int) -> None:
-        self.database = database
-        self.dice = random.Random(seed)
-        session(database, f"sess_{seed}")
-        self.job_id = queued(database, session_id=f"sess_{seed}")
-        self.claims: list[Claim] = []
-        self.seen: list[Any] = [row(database, self.job_id)]
-
-    def step(self) -> Any:
-        job = self.seen[-1]
-        guess = max(job.attempt - self.dice.choice([0, 0, 0, 1]), 0)
-        steps: list[Step] = [claim_of(self.job_id, self.dice.choice(["worker-1", "worker-2"]))] * 3
-        for claim in self.dice.sample(self.claims, min(2, len(self.claims))):
-            steps += writes_of(claim).values()
-        if job.state == RUNNING and job.owner and self.dice.random() < 0.5:
-            steps.append(lambda c: c.execute(_job(self.job_id).values(lease_ms=1)))
-        steps.append(lambda c: c.execute(_job(self.job_id).values(run_ms=1)))
-        steps += [lambda c: lifecycle.reap(c, self.job_id, guess)] * 3
-        steps.append(lambda c: lifecycle.reap_poison(c, self.job_id, guess, outcome(FAILED)))
-        steps.append(lambda c: lifecycle.close_queued(c, self.job_id, guess, outcome(EXPIRED)))
-        steps.append(lambda c: lifecycle.close_queued(c, self.job_id, guess, outcome(CANCELLED)))
-        if self.dice.random() < 0.1:
-            steps.append(lambda c: lifecycle.request_cancel(c, self.job_id, "alice"))
-        if self.dice.random() < 0.05:
-            steps.append(lambda c: c.execute(_job(self.job_id).values(deadline_ms=1)))
-        result = self.database.write_now(self.dice.choice(steps))
-        if isinstance(result, Claim):
-            self.claims.append(result)
-        self.seen.append(row(self.database, self.job_id))
-        return self.seen[-1]
-
-    def check(self) -> None:
-        before, after = self.seen[-2:]
-        assert after.attempt in {before.attempt, before.attempt + 1}
-        assert after.crashes >= before.crashes
-        assert after.retries >= before.retries
-        assert after.state == before.state or after.state in FOLLOWS[before.state]
-        if before.state in TERMINAL:
-            # the clock above pretends; everything else stands
-            assert _but_for_the_clock(after) == _but_for_the_clock(before)
-        mine = self.database.read_now(self._mine)
-        ended = after.state in TERMINAL
-        assert len(mine["deliveries"]) == len(mine["job_results"]) == int(ended)
-        billed = [each for each in mine["usage"] if each["billable"]]
-        assert len(billed) <= int(ended)
-        assert [each["attempt"] for each in billed] in ([], [after.attempt])
-        assert len(mine["attempts"]) == after.attempt
-        open_ = [each["attempt"] for each in mine["attempts"] if each["finished_ms"] is None]
-        assert open_ == ([after.attempt] if after.state == RUNNING else [])
-        called = {each["attempt"] for each in mine["attempts"] if each["provider_call_ms"]}
-        assert {each["attempt"] for each in mine["usage"]} == called - set(open_)
-        assert len(mine["turns"]) == (2 if after.state == SUCCEEDED else 1)
-
-    def _mine(self, connection: Connection) -> dict[str, list[Any]]:
-        tables = dict.fromkeys(("job_results", "usage", "attempts", "turns"), "job_id")
-        return {
-            table: list(
-                connection.execute(
-                    text(f'SELECT * FROM "{table}" WHERE {its} = :job'), {"job": self.job_id}
-                ).mappings()
-            )
-            for table, its in {**tables, "deliveries": "subject"}.items()
-        }
-
-
-def _job(job_id: str) -> Any:
-    return jobs.update().where(jobs.c.id == job_id)
-
-
-def _but_for_the_clock(job: Any) -> dict[str, Any]:
-    return dict(job._mapping) | {"run_ms": 0, "deadline_ms": 0}
-
-
-def test_whatever_happens_in_any_order_the_books_stay_true(database: Database) -> None:
-    webhook(database)
-    ended: Counter[str] = Counter()
-    attempts: Counter[int] = Counter()
-    for seed in range(30):
-        chaos = Chaos(database, seed)
-        for _ in range(25):
-            chaos.step()
-            chaos.check()
-        ended[chaos.seen[-1].state] += 1
-        attempts[chaos.seen[-1].attempt] += 1
-    # the dice did roll: every end was reached, and jobs had several lives
-    assert set(ended) >= TERMINAL, ended
-    assert max(attempts) >= 3, attempts
-
-
-RACES = 1_000
-
-
-def race(
-    one: tuple[Database, list[Step]], other: tuple[Database, list[Step]]
-) -> list[tuple[bool, bool]]:
-    """Two processes' writers act on the same jobs at the same moments; who did anything?"""
-    together = threading.Barrier(2)
-
-    def run(database: Database, steps: list[Step]) -> list[bool]:
-        results = []
-        for step in steps:
-            together.wait(30)
-            results.append(bool(database.write_now(step)))
-        return results
-
-    with ThreadPoolExecutor(2, thread_name_prefix="racer") as threads:
-        sides = [threads.submit(run, *side) for side in (one, other)]
-        return list(zip(*(side.result(100) for side in sides), strict=True))
-
-
-def against(claim: Claim) -> Step:
-    """What a caretaker does about a silent worker: in turns, hope and no more hope."""
-    if claim.retries % 2:
-        return lambda c: lifecycle.reap(c, claim.job_id, 1)
-    return lambda c: lifecycle.reap_poison(c, claim.job_id, 1, outcome(FAILED))
-
-
-def test_of_a_finish_and_a_reaper_exactly_one_wins(database_url: str) -> None:
-    worker, caretaker = (Database(database_url, name=name) for name in ("worker", "caretaker"))
-    webhook(worker)
-    ids = [each.result(60) for each in [worker.submit(_accept) for _ in range(RACES)]]
-    claimed = [each.result(60) for each in [worker.submit(claim_of(job_id)) for job_id in ids]]
-    claims = [replace(claim, retries=number) for number, claim in enumerate(claimed) if claim]
-    marks = [worker.submit(lambda c, x=claim: lifecycle.mark_call(c, x)) for claim in claims]
-    assert all(mark.result(60) for mark in marks)
-    worker.write_now(lambda c: c.execute(jobs.update().values(lease_ms=1)))
-
-    results = race(
-        (worker, [lambda c, x=claim: lifecycle.finish(c, x, outcome()) for claim in claims]),
-        (caretaker, [against(claim) for claim in claims]),
-    )
-
-    won = Counter(results)
-    assert set(won) == {(True, False), (False, True)}, won
-    ends = Counter(worker.read_now(lambda c: c.execute(select(jobs.c.state)).scalars().all()))
-    assert ends[SUCCEEDED] == won[True, False]
-    assert ends[QUEUED] + ends[FAILED] == won[False, True]
-    assert len(rows(worker, "deliveries")) == ends[SUCCEEDED] + ends[FAILED]
-    billed = [bool(each["billable"]) for each in rows(worker, "usage")]
-    assert len(billed) == RACES
-    assert sum(billed) == ends[SUCCEEDED] + ends[FAILED]
-    worker.close()
-    caretaker.close()
-
-
-def test_of_a_claim_and_a_cancel_exactly_one_wins(database_url: str) -> None:
-    worker, api = (Database(database_url, name=name) for name in ("worker", "api"))
-    ids = [each.result(60) for each in [worker.submit(_accept) for _ in range(100)]]
-
-    def cancel_of(job_id: str) -> Step:
-        def cancel(connection: Connection) -> Any:
-            assert lifecycle.request_cancel(connection, job_id, "alice")
-            return lifecycle.close_queued(connection, job_id, 0, outcome(CANCELLED))
-
-        return cancel
-
-    results = race((worker, [claim_of(each) for each in ids]), (api, [cancel_of(x) for x in ids]))
-    assert set(results) == {(True, False), (False, True)}
-    ends = Counter(worker.read_now(lambda c: c.execute(select(jobs.c.state)).scalars().all()))
-    assert ends == {RUNNING: results.count((True, False)), CANCELLED: results.count((False, True))}
-    worker.close()
-    api.close()
-
-
-def _accept(connection: Connection) -> str:
-    return accept(connection, new_job()).job_id

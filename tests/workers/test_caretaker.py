@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from backchannel import lifecycle
+from backchannel import cancelling, lifecycle
 from backchannel.errors import Unavailable
 from backchannel.lifecycle import Claim
 from backchannel.queue import queue_length
@@ -90,7 +90,7 @@ async def test_cancelled_and_overdue_jobs_end_without_an_attempt(
     bench: Bench, process: Process
 ) -> None:
     cancelled, late = bench.accept(), bench.accept(deadline_s=0.0)
-    bench.database.write_now(lambda c: lifecycle.request_cancel(c, cancelled, "local"))
+    bench.database.write_now(lambda c: cancelling.request_cancel(c, cancelled, "local"))
     process.submit(caretaker.close_overdue(process)).result(timeout=10)
     assert bench.job(cancelled).state == "cancelled"
     assert (bench.job(late).state, bench.job(late).error_code) == ("expired", "expired")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import DataError
 
-from backchannel import bus, events, lifecycle
+from backchannel import bus, cancelling, events, lifecycle
 from backchannel.errors import PROVIDER_ERRORS, ProviderError
 from backchannel.lifecycle import Claim
 from backchannel.settings import Settings
@@ -221,7 +221,7 @@ async def test_a_cancel_stops_a_running_call_and_books_it(bench: Bench, process:
     job_id = bench.accept("openai:ok-t1000-d20")
     running = bench.start(process, job_id)
     await until(lambda: process.runs and next(iter(process.runs.values())).answer.begun)
-    bench.database.write_now(lambda c: lifecycle.request_cancel(c, job_id, "local"))
+    bench.database.write_now(lambda c: cancelling.request_cancel(c, job_id, "local"))
     await asyncio.wait_for(asyncio.wrap_future(running), WAIT_S)
     assert bench.job(job_id).state == "cancelled"
     (usage,) = bench.usage(job_id)
