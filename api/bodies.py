@@ -67,14 +67,20 @@ def _given(name: str, kind: str) -> Schema:
 
 # ---------------------------------------------------------------- addresses
 
-_HOST = "[a-z][a-z0-9]{0,30}(\\.[a-z][a-z0-9]{0,30}){1,3}"
+_SCHEME = "[hH][tT][tT][pP][sS]?://"
+_HOST = r'[!-"$-.0-9;->A-Z^-~]+'  # what can be in one; whether it is one, is looked at later: 403
+_PORT = "0*([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 BASE_URL: Schema = {
     "type": "string",
-    "pattern": f"^https?://{_HOST}(/[A-Za-z0-9._~-]{{1,20}}){{0,4}}$",
+    "maxLength": 2048,
+    "pattern": rf'^{_SCHEME}{_HOST}(:({_PORT})?)?(/[!-"$->@-[\]-~]*)?$',
+    "examples": ["https://llm.example.com/v1"],
 }
 WEB_URL: Schema = {
     "type": "string",
-    "pattern": f"^https?://{_HOST}(/[A-Za-z0-9._~-]{{0,20}}){{0,4}}$",
+    "maxLength": 2048,
+    "pattern": f"^{_SCHEME}[!-~]*$",
+    "examples": ["https://example.com/hooks"],
 }
 MODEL: Schema = {"type": "string", "pattern": "^[!-~]{1,256}$"}
 EVENTS: Schema = {

@@ -22,8 +22,8 @@ from backchannel import files as store
 from backchannel.batch_output import FIRST_PAGE, Page, next_room, page
 from backchannel.db import NOW
 from backchannel.errors import BackchannelError, InvalidRequest, NotFound, TooLarge
-from backchannel.file_keys import settle
 from backchannel.files import INPUT, PROCESSED, Chunk, Cutter
+from backchannel.idempotency import FILE, Use, settle
 from backchannel.ids import new_file_id
 from backchannel.tables import files
 
@@ -126,7 +126,7 @@ async def create_file(
             if key is not None and content is not None:
                 sent = {"file": content.hexdigest(), "name": form.filename, "life": expires_in_s}
                 digest = request_hash(sent | {"purpose": purpose})
-                first = settle(connection, caller, key, digest, file_id)
+                first = settle(connection, Use(FILE, caller, key, digest), file_id).subject
             if first != file_id:
                 store.drop(connection, file_id)
             return _file_of(_found(connection, first, caller))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Connection, func, select, union_all
 
 from api.deps import Resources, Shared
 from backchannel import __version__
 from backchannel.db import now_ms
-from backchannel.errors import Unavailable
+from backchannel.errors import Forbidden, Unauthorized, Unavailable
+from backchannel.keys import ADMIN
 from backchannel.pubsub import OUTAGE
 from backchannel.tables import LANES, QUEUED, jobs, workers
 
@@ -28,9 +29,9 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def readyz(its: Shared) -> JSONResponse:
+async def readyz(request: Request, its: Shared) -> JSONResponse:
     """Jobs can be accepted: the database answers. Without Redis they are, and wait."""
-    (database, numbers), redis = await asyncio.gather(_ask_database(its), _ask_redis(its))
+    (database, numbers), redis = await asyncio.gather(_ask_database(its, request), _ask_redis(its))
     ready = database == "ok"
     answer = {
         "status": "ok" if ready else "unavailable",
@@ -50,12 +51,24 @@ async def _ask_redis(its: Resources) -> str:
     return "ok"
 
 
-async def _ask_database(its: Resources) -> tuple[str, dict[str, Any]]:
+async def _ask_database(its: Resources, request: Request) -> tuple[str, dict[str, Any]]:
     try:
         async with asyncio.timeout(PATIENCE_S):
-            return "ok", await its.db.read(lambda c: _numbers(c, its.settings.lease_s))
+            numbers = await its.db.read(lambda c: _numbers(c, its.settings.lease_s))
+            if not await _sees_all(its, request):
+                del numbers["queued"]
+            return "ok", numbers
     except (Unavailable, TimeoutError) as error:
         return f"unavailable: {str(error) or 'no answer'}", {}
+
+
+async def _sees_all(its: Resources, request: Request) -> bool:
+    """How much all callers together have waiting is only for who may see what all share."""
+    try:
+        await its.gate.admit(request.scope["headers"], ADMIN)
+    except (Unauthorized, Forbidden):
+        return False
+    return True
 
 
 # Two counts, because each has a partial index that holds just these rows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
@@ -19,9 +20,10 @@ from api.requests import checked, request_hash
 from backchannel import bus
 from backchannel.accept import Accepted, NewJob, accept, accept_many
 from backchannel.background import end
-from backchannel.choice import choose
+from backchannel.choice import Choice, choose
 from backchannel.errors import Conflict, NotFound, Unavailable
 from backchannel.events import END, Event, decode, unpack_log
+from backchannel.registry import Registry
 from backchannel.schemas import JOB, CreateJob, Job, JobList, Moment, job_of
 from backchannel.tables import QUEUED, TERMINAL, jobs, requests, results
 from backchannel.tiers import rule_of
@@ -126,18 +128,22 @@ async def retry_job(
     if not row.messages:
         raise Conflict(f"Job {job_id} was deleted: nobody knows what it asked.", code="deleted")
     first = row.fallback_from or f"{row.provider}:{row.model}"
-    choice = await its.roster.answer(
-        (first, *(row.fallbacks or ())),
-        lambda registry: choose(
+
+    def choose_for(name: str, registry: Registry) -> Choice:
+        return choose(
             registry,
-            first,
+            name,
             row.messages,
             row.parameters,
             row.fallbacks,
             force=True,
             allowed=caller.models,
-        ),
-    )
+        )
+
+    choice = await its.roster.answer((first, *(row.fallbacks or ())), partial(choose_for, first))
+    refit = None
+    if row.session_id is not None and row.requested_model is None:
+        refit = partial(choose_for, registry=its.registry)
     new = NewJob(
         caller=caller,
         lane=row.lane,
@@ -159,6 +165,7 @@ async def retry_job(
         session_id=row.session_id,
         parent_id=job_id,
         meta=row.meta,
+        refit=refit,
         ring=its.ringer.open,
     )
     return await submit(its, new, response)

@@ -58,7 +58,7 @@ class CreateMessage(NullsAreNotGiven):
 class CountTokens(CreateMessage):
     """A message whose input is to be counted."""
 
-    max_tokens: int = Field(1, gt=0)
+    max_tokens: Whole = Field(1, gt=0)
 
 
 # ---------------------------------------------------------------- parameters

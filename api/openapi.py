@@ -13,6 +13,7 @@ from api.auth import SCOPES, scope_of
 from api.bodies import ANY, BODIES, INTEGER, JSON, TEXT
 from backchannel.registry import Registry
 from backchannel.settings import Settings
+from backchannel.tiers import NAMES
 
 Schema = dict[str, Any]
 
@@ -92,6 +93,10 @@ def _document(app: FastAPI, settings: Settings, registry: Registry | None) -> Sc
         for schema in schemas.values():
             if _asks_for_model(schema):
                 schema["properties"]["model"]["anyOf"][0]["pattern"] = _models(registry)
+            for kind in schema.get("properties", {}).get("fallbacks", {}).get("anyOf", ()):
+                if "items" in kind:  # models, and no choice of them
+                    choices = {"enum": sorted(NAMES)}
+                    kind["items"] |= {"pattern": _models(registry), "not": choices}
     for asked in _asked(made):
         _bound(asked)
     return made
@@ -106,7 +111,9 @@ def _asks_for_model(schema: Schema) -> bool:
 def _models(registry: Registry) -> str:
     """The names that can be placed: before a colon stands a provider, around them no space."""
     known = "|".join(sorted(registry.providers))
-    return rf"^(?:(?:{known}):(?:[^\x00]*[^\x00\s])?|[^:\x00\s](?:[^:\x00]*[^:\x00\s])?)$"
+    space = r"\s\x1c-\x1f\x85"  # what Python takes for one, and other readers of patterns do not
+    whole = rf"[^:\x00{space}](?:[^:\x00]*[^:\x00{space}])?"
+    return rf"^(?:(?:{known}):(?:[^\x00]*[^\x00{space}])?|{whole})$"
 
 
 def _over(schema: Schema, more: Schema) -> Schema:

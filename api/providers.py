@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection, select
 
-from api.deps import Resources, Shared, StrictRoute
+from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
+from api.repeats import say_whether, use_of
 from backchannel import custom_providers, roster
 from backchannel.db import now_ms
-from backchannel.errors import InvalidRequest, NotFound
+from backchannel.errors import Conflict, InvalidRequest, NotFound
+from backchannel.idempotency import PROVIDER
 from backchannel.provider_input import EditProvider, NewProvider
 from backchannel.registry import Provider, Registry
 from backchannel.tables import workers
@@ -63,7 +65,14 @@ def known(registry: Registry, provider_id: str) -> Provider:
 
     Raises:
         NotFound: There is none.
+        Conflict: Its row cannot be used.
     """
+    if provider_id in registry.set_aside.keys() - registry.providers.keys():
+        raise Conflict(
+            f"Provider '{provider_id}' is set aside: {registry.set_aside[provider_id]} "
+            f"Correct it: backchannel providers edit {provider_id}",
+            code="provider_set_aside",
+        )
     if provider_id not in registry.providers:
         raise NotFound(f"There is no provider '{provider_id}'.")
     return registry.providers[provider_id]
@@ -144,11 +153,20 @@ def live_workers(connection: Connection, lease_s: float) -> list[dict[str, Any]]
 
 
 @router.post("", status_code=201)
-async def add_provider(asked: NewProvider, request: Request, its: Shared) -> dict[str, Any]:
+async def add_provider(
+    asked: NewProvider,
+    request: Request,
+    its: Shared,
+    caller: Caller,
+    response: Response,
+    key: IdempotencyKey = None,
+) -> dict[str, Any]:
     """Add a provider; every process knows it before its next job."""
     _check_loopback(asked.allow_loopback, request)
-    provider_id = await _change(its, lambda c: custom_providers.add(c, asked, its.settings))
-    return _find(its.registry, provider_id)
+    use = use_of(PROVIDER, caller, key, asked)
+    added = await _change(its, lambda c: custom_providers.add(c, asked, its.settings, use))
+    say_whether(added.first, response)
+    return _find(its.registry, added.id)
 
 
 @router.patch("/{provider_id}")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, and_, select
 
 from api.deps import Resources
+from api.told import told_before
 from backchannel import keys
 from backchannel.accept import NewJob
-from backchannel.choice import choose
-from backchannel.errors import InvalidRequest, NotFound
-from backchannel.registry import NAMED
+from backchannel.choice import Choice, choose
+from backchannel.errors import CapabilityMissing, InvalidRequest, NotFound
+from backchannel.registry import NAMED, Registry
 from backchannel.schemas import CreateJob
 from backchannel.tables import sessions, turns
 from backchannel.tiers import AUTO
@@ -42,19 +46,30 @@ async def checked(
     told = messages
     if model == AUTO and asked.session is not None:
         told = [*await _said(its, caller, asked.session), *messages]
-    choice = await its.roster.answer(
-        (model, *(asked.fallbacks or ())),
-        lambda registry: choose(
+
+    def choose_for(name: str | None, registry: Registry) -> Choice:
+        return choose(
             registry,
-            model,
+            name,
             told,
             parameters,
             asked.fallbacks,
             system=asked.system,
             force=asked.force,
             allowed=caller.models,
-        ),
-    )
+        )
+
+    names = (model, *(asked.fallbacks or ()))
+    choice = await its.roster.answer(names, partial(choose_for, model))
+    if asked.session is not None and not asked.force and not choice.sees(its.registry):
+        # an image of an earlier turn is told again, to this one's model
+        first = choice.resolved.id
+        told = [*await told_before(its, caller, asked.session, first, messages), *messages]
+        with _naming_history():
+            choice = await its.roster.answer(names, partial(choose_for, model))
+    refit = None
+    if asked.session is not None and asked.model is None:
+        refit = partial(choose_for, registry=its.registry)
     resolved, reason = choice.resolved, choice.resolved.reason
     if model != asked.model:
         own = "the session's model"
@@ -82,8 +97,18 @@ async def checked(
         idempotency_key=key,
         session_id=asked.session,
         meta=asked.metadata or {},
+        refit=refit,
         ring=its.ringer.open,
     )
+
+
+@contextlib.contextmanager
+def _naming_history() -> Iterator[None]:
+    try:
+        yield
+    except CapabilityMissing as error:
+        error.message = f"{error.message} The session's earlier turns need it."
+        raise
 
 
 async def _model_of_session(its: Resources, caller: str, session_id: str) -> str:

@@ -8,11 +8,13 @@ from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, and_, case, insert, not_, update
 
-from api.deps import Caller, Resources, Shared, StrictRoute
+from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.pages import behind, following
+from api.repeats import say_whether, use_of
 from backchannel import keys
 from backchannel.db import NOW
 from backchannel.errors import NotFound
+from backchannel.idempotency import SESSION, settle
 from backchannel.ids import new_id
 from backchannel.session_schemas import (
     MESSAGE,
@@ -32,7 +34,11 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"], route_class=StrictR
 
 @router.post("", status_code=201)
 async def create_session(
-    asked: CreateSession, its: Shared, caller: Caller, response: Response
+    asked: CreateSession,
+    its: Shared,
+    caller: Caller,
+    response: Response,
+    key: IdempotencyKey = None,
 ) -> Session:
     """Begin a conversation."""
     resolved = await its.roster.resolve(asked.model)
@@ -55,12 +61,16 @@ async def create_session(
         "updated_ms": NOW,
     }
 
-    def write(connection: Connection) -> Session:
-        connection.execute(insert(sessions).values(values))
-        return _read(connection, caller, session_id)
+    def write(connection: Connection) -> tuple[Session, bool]:
+        settled = settle(connection, use_of(SESSION, caller, key, asked), session_id)
+        if settled.first:
+            connection.execute(insert(sessions).values(values))
+        return _read(connection, caller, settled.subject), settled.first
 
-    response.headers["Location"] = f"/v1/sessions/{session_id}"
-    return await its.db.write(write)
+    session, first = await its.db.write(write)
+    response.headers["Location"] = f"/v1/sessions/{session.id}"
+    say_whether(first, response)
+    return session
 
 
 class SessionsQuery(BaseModel):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import Connection, delete, func, insert, null, select, update
 
-from api.deps import Caller, Resources, Shared, StrictRoute
+from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.pages import behind, ends
+from api.repeats import say_whether, use_of
 from backchannel import webhooks as store
 from backchannel.db import NOW
 from backchannel.egress import AllowedHosts, check_url
 from backchannel.errors import Conflict, InvalidRequest, NotFound
+from backchannel.idempotency import SECRET, WEBHOOK, Settled, settle
 from backchannel.ids import new_id
 from backchannel.notices import EVENT_TYPES
-from backchannel.sealed import seal
+from backchannel.sealed import seal, unseal
 from backchannel.tables import webhooks
 from backchannel.webhook_post import new_secret, open_session, post
 
@@ -76,9 +79,9 @@ class Webhook(BaseModel):
 
 
 class WebhookWithSecret(Webhook):
-    """With its secret, which is shown this once."""
+    """With its secret, which is shown this once; null if it has been changed since."""
 
-    signing_secret: str
+    signing_secret: str | None
 
 
 class WebhookList(BaseModel):
@@ -117,11 +120,16 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], route_class=StrictR
 
 @router.post("", status_code=201)
 async def create_webhook(
-    asked: CreateWebhook, its: Shared, caller: Caller, response: Response
+    asked: CreateWebhook,
+    its: Shared,
+    caller: Caller,
+    response: Response,
+    key: IdempotencyKey = None,
 ) -> WebhookWithSecret:
     """Make a webhook. Its signing secret is in this answer and nowhere else."""
     _check_url(its, asked.url)
     webhook_id, secret = new_id("wh"), new_secret()
+    use = use_of(WEBHOOK, caller, key, asked)
     values = {
         "id": webhook_id,
         "caller": caller,
@@ -133,7 +141,10 @@ async def create_webhook(
         "updated_ms": NOW,
     }
 
-    def write(connection: Connection) -> Webhook:
+    def write(connection: Connection) -> tuple[Settled, Any]:
+        settled = settle(connection, use, webhook_id, _mark(secret))
+        if not settled.first:
+            return settled, found_webhook(connection, settled.subject, caller)
         there = select(func.count()).select_from(webhooks).where(webhooks.c.caller == caller)
         if connection.execute(there).scalar_one() >= MOST:
             raise Conflict(
@@ -141,11 +152,12 @@ async def create_webhook(
                 code="too_many_webhooks",
             )
         connection.execute(insert(webhooks).values(values))
-        return _shown(found_webhook(connection, webhook_id, caller))
+        return settled, found_webhook(connection, webhook_id, caller)
 
-    made = await its.db.write(write)
-    response.headers["Location"] = f"/v1/webhooks/{webhook_id}"
-    return WebhookWithSecret(**made.model_dump(), signing_secret=secret)
+    settled, row = await its.db.write(write)
+    response.headers["Location"] = f"/v1/webhooks/{row.id}"
+    say_whether(settled.first, response)
+    return _with_secret(its, row, settled)
 
 
 @router.patch("/{webhook_id}")
@@ -186,22 +198,31 @@ async def remove_webhook(webhook_id: str, its: Shared, caller: Caller) -> Delete
 
 @router.post("/{webhook_id}/rotate")
 async def rotate_secret(
-    webhook_id: str, its: Shared, caller: Caller, asked: RotateSecret | None = None
+    webhook_id: str,
+    its: Shared,
+    caller: Caller,
+    response: Response,
+    asked: RotateSecret | None = None,
+    key: IdempotencyKey = None,
 ) -> WebhookWithSecret:
     """A new secret. For a day everything is signed with both, so receivers can change in peace."""
     secret = new_secret()
+    use = use_of(SECRET, caller, key, asked, webhook=webhook_id)
     values: dict[str, Any] = {**_sealed(its, secret), "updated_ms": NOW}
     if asked is None or asked.keep_old_secret_active_for_24_hours:
         values |= {"old_secret": webhooks.c.secret, "old_until_ms": NOW + store.OLD_SECRET_MS}
     else:
         values |= {"old_secret": null(), "old_until_ms": null()}
 
-    def write(connection: Connection) -> Webhook:
-        connection.execute(update(webhooks).where(*_own(webhook_id, caller)).values(values))
-        return _shown(found_webhook(connection, webhook_id, caller))
+    def write(connection: Connection) -> tuple[Settled, Any]:
+        settled = settle(connection, use, webhook_id, _mark(secret))
+        if settled.first:
+            connection.execute(update(webhooks).where(*_own(webhook_id, caller)).values(values))
+        return settled, found_webhook(connection, webhook_id, caller)
 
-    shown = await its.db.write(write)
-    return WebhookWithSecret(**shown.model_dump(), signing_secret=secret)
+    settled, row = await its.db.write(write)
+    say_whether(settled.first, response)
+    return _with_secret(its, row, settled)
 
 
 # ---------------------------------------------------------------- read
@@ -291,6 +312,17 @@ def _known(event_types: list[str], param: str = "event_types") -> list[str]:
 
 def _sealed(its: Resources, secret: str) -> dict[str, Any]:
     return {"secret": seal(its.settings, secret), "secret_hint": f"whsec_…{secret[-4:]}"}
+
+
+def _mark(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _with_secret(its: Resources, row: Any, settled: Settled) -> WebhookWithSecret:
+    """A webhook with the secret that was made with it, unless there is another by now."""
+    secret = unseal(its.settings, row.secret)
+    own = secret if _mark(secret) == settled.mark else None
+    return WebhookWithSecret(**_shown(row).model_dump(), signing_secret=own)
 
 
 def _own(webhook_id: str, caller: str) -> tuple[Any, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
     Connection,
@@ -39,6 +39,9 @@ from backchannel.tables import (
     turns,
 )
 
+if TYPE_CHECKING:
+    from backchannel.choice import Choice
+
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
@@ -66,6 +69,8 @@ class NewJob:
     meta: dict[str, str] = field(default_factory=dict)
     fallbacks: list[str] | None = None  # provider:model, in order
     model_rule: str | None = None  # the tier, or auto, by which the model was chosen
+    # checks it anew for the model that its session has by the time it enters it
+    refit: Callable[[str], Choice] | None = None
     ring: bool = True  # now; False: the dispatcher does it, as for all of a batch
 
     @property
@@ -153,6 +158,7 @@ _PLACE_IN_SESSION = (
         session_seq=bindparam("seq"),
         provider=bindparam("in_provider"),
         model=bindparam("in_model"),
+        fallbacks=bindparam("in_fallbacks", type_=jobs.c.fallbacks.type),
         model_reason=case(
             (
                 and_(
@@ -181,6 +187,7 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
         Conflict: The idempotency key was used for another request, or the session takes one turn
             at a time and is at one.
         NotFound: No such session for this caller.
+        InvalidRequest: The session's model of this moment cannot answer it.
     """
     job_id, now = new_id("job"), connection.execute(_NOW).scalar_one()
     row = _row(job_id, new, now)
@@ -189,10 +196,10 @@ def accept(connection: Connection, new: NewJob) -> Accepted:
         if same.request_hash != new.request_hash:
             raise key_mismatch()
         return Accepted(same.id, created=False, doorbell=None, created_ms=same.created_ms)
-    connection.execute(insert(requests), _request(job_id, new))
     bell, interrupted = _bell(job_id, new), None
     if new.session_id is not None:
-        bell, interrupted = _enter_session(connection, job_id, new)
+        bell, interrupted, new = _enter_session(connection, job_id, new)
+    connection.execute(insert(requests), _request(job_id, new))
     return Accepted(job_id, True, bell, now, interrupted)
 
 
@@ -253,7 +260,7 @@ def _request(job_id: str, new: NewJob) -> dict[str, Any]:
 
 def _enter_session(
     connection: Connection, job_id: str, new: NewJob
-) -> tuple[Doorbell | None, str | None]:
+) -> tuple[Doorbell | None, str | None, NewJob]:
     """Take the session's next places; the bell is rung only if no turn before is unfinished.
 
     What becomes of one that is, the session's `double_texting` says.
@@ -273,6 +280,16 @@ def _enter_session(
     ).first()
     if session is None:
         raise NotFound(f"There is no session '{new.session_id}'.", param="session")
+    if new.refit is not None and (session.provider, session.model) != (new.provider, new.model):
+        # it was switched since the request was read: what was checked then was another model
+        choice = new.refit(f"{session.provider}:{session.model}")
+        new = replace(
+            new,
+            provider=choice.resolved.provider.id,
+            model=choice.resolved.model,
+            parameters=choice.parameters,
+            fallbacks=choice.fallbacks,
+        )
     first = session.last_seq - room + 1
     interrupted = None
     if session.double_texting == REJECT:
@@ -285,8 +302,9 @@ def _enter_session(
             "job": job_id,
             "session": new.session_id,
             "seq": first,
-            "in_provider": session.provider,
-            "in_model": session.model,
+            "in_provider": session.provider if new.refit is None else new.provider,
+            "in_model": session.model if new.refit is None else new.model,
+            "in_fallbacks": new.fallbacks,
         },
     ).one()
     connection.execute(
@@ -301,7 +319,7 @@ def _enter_session(
             for offset, message in enumerate(new.messages)
         ],
     )
-    return None if placed.rung_ms is None else doorbell(placed), interrupted
+    return None if placed.rung_ms is None else doorbell(placed), interrupted, new
 
 
 def _refuse_if_busy(connection: Connection, new: NewJob, first: int) -> None:

@@ -53,9 +53,9 @@ def check_capabilities(
     if missing:
         what = " and ".join(WORDS[each] for each in missing)
         able = _able(registry, needed)
-        others = f"Models that can: {', '.join(able)}. Or" if able else "Or"
+        others = f"Models that can: {', '.join(able)}. Or send" if able else "Send"
         raise CapabilityMissing(
-            f"{resolved.id} is not known to take {what} ({', '.join(missing)}). {others} send it "
+            f"{resolved.id} is not known to take {what} ({', '.join(missing)}). {others} it "
             "all the same with force.",
             param="model",
         )

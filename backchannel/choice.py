@@ -25,6 +25,11 @@ class Choice(NamedTuple):
     fallbacks: list[str] | None  # provider:model
     rule: str | None  # the tier, or auto, by which the model was chosen
 
+    def sees(self, registry: Registry) -> bool:
+        """Whether all of them take images."""
+        others = (registry.place(name, "") for name in self.fallbacks or ())
+        return all(each.provider.can(each.model).multimodal for each in (self.resolved, *others))
+
 
 def choose(
     registry: Registry,

@@ -16,10 +16,12 @@ from pydantic import ConfigDict, ValidationError
 from sqlalchemy import Connection, Integer, Text, cast, delete, select, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from backchannel import stored_keys
+from backchannel import idempotency, stored_keys
 from backchannel.db import NOW
 from backchannel.egress import AllowedHosts, check_url
 from backchannel.errors import Conflict, InvalidRequest, NotFound
+from backchannel.idempotency import Use, settle
+from backchannel.ids import new_id
 from backchannel.provider_input import EditProvider, NewProvider, slug
 from backchannel.registry import BUILT_IN, PROVIDER_ID, Capabilities, Provider, Registry
 from backchannel.registry import built_in as built_in_providers
@@ -37,14 +39,26 @@ RESERVED = frozenset(NAMES) | {"tier"}
 # ---------------------------------------------------------------- changes
 
 
-def add(connection: Connection, new: NewProvider, settings: Settings) -> str:
-    """Add a provider; returns its id.
+class Added(NamedTuple):
+    """A provider's id, and whether this call added it, or one before with the same key."""
+
+    id: str
+    first: bool
+
+
+def add(
+    connection: Connection, new: NewProvider, settings: Settings, use: Use | None = None
+) -> Added:
+    """Add a provider.
 
     Raises:
-        Conflict: The id is taken, also by somebody who adds it at the same moment.
+        Conflict: The id is taken, also by somebody who adds it at the same moment; or the
+            idempotency key was used for another one.
         InvalidRequest: Its address is refused.
     """
     provider_id = slug(new.name)
+    if not settle(connection, use, provider_id, new_id("making")).first:
+        return Added(provider_id, first=False)
     _refuse_built_in(provider_id, "Choose another name")
     if provider_id in RESERVED:
         raise Conflict(
@@ -63,7 +77,7 @@ def add(connection: Connection, new: NewProvider, settings: Settings) -> str:
             code="provider_exists",
             param="name",
         )
-    return provider_id
+    return Added(provider_id, first=True)
 
 
 def edit(
@@ -106,7 +120,7 @@ def remove(connection: Connection, provider_id: str) -> None:
     gone = connection.execute(delete(providers).where(providers.c.id == provider_id))
     if not gone.rowcount:
         raise _missing(provider_id)
-    _forget_key(connection, provider_id)
+    _forget_all_of(connection, provider_id)
 
 
 def reset(connection: Connection) -> list[str]:
@@ -114,13 +128,14 @@ def reset(connection: Connection) -> list[str]:
     bump(connection)
     gone = sorted(connection.execute(delete(providers).returning(providers.c.id)).scalars())
     for provider_id in gone:
-        _forget_key(connection, provider_id)
+        _forget_all_of(connection, provider_id)
     return gone
 
 
-def _forget_key(connection: Connection, provider_id: str) -> None:
+def _forget_all_of(connection: Connection, provider_id: str) -> None:
     name = stored_keys.PREFIX + provider_id
     connection.execute(delete(secrets).where(secrets.c.name == name))
+    idempotency.forget(connection, idempotency.PROVIDER, provider_id)
 
 
 def _refuse_built_in(provider_id: str, instead: str) -> None:

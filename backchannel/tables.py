@@ -305,7 +305,7 @@ class File(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     caller: str
-    kind: str  # input, or of a batch: output | error; or a key, see `file_keys`
+    kind: str  # input, or of a batch: output | error
     purpose: str
     filename: str
     status: str  # uploading, which nobody is shown, then processed
@@ -520,6 +520,20 @@ class Secret(SQLModel, table=True):
     updated_ms: int = _big()
 
 
+class UsedKey(SQLModel, table=True):
+    """An Idempotency-Key and what it was used for: see `idempotency`."""
+
+    __tablename__ = "used_keys"
+
+    id: str = Field(primary_key=True)  # made of noun, caller and key: there can be only one
+    noun: str
+    caller: str
+    subject: str  # the id of what was made
+    mark: str  # of this making of it
+    digest: str  # of what was sent
+    created_ms: int = _big()
+
+
 class Version(SQLModel, table=True):
     """How often something has changed that every process keeps a copy of."""
 
@@ -563,6 +577,7 @@ webhooks: Table = Webhook.__table__  # type: ignore[attr-defined]
 deliveries: Table = Delivery.__table__  # type: ignore[attr-defined]
 providers: Table = CustomProvider.__table__  # type: ignore[attr-defined]
 secrets: Table = Secret.__table__  # type: ignore[attr-defined]
+used_keys: Table = UsedKey.__table__  # type: ignore[attr-defined]
 versions: Table = Version.__table__  # type: ignore[attr-defined]
 workers: Table = Worker.__table__  # type: ignore[attr-defined]
 

@@ -17,6 +17,7 @@ import msgspec
 from backchannel import __version__
 from backchannel.egress import AllowedHosts, guarded_connector
 from backchannel.errors import BackchannelError
+from backchannel.retry_after import retry_after_s
 from backchannel.sealed import unseal
 from backchannel.settings import Settings
 from backchannel.webhooks import Answer, Delivery
@@ -103,7 +104,7 @@ async def post(session: ClientSession, delivery: Delivery, settings: Settings) -
         async with session.post(
             delivery.url, data=body, headers=headers, allow_redirects=False
         ) as answer:
-            return _judged(answer.status)
+            return _judged(answer.status, answer.headers.get("Retry-After"))
     except BackchannelError as error:
         return Answer(None, error.message)
     except TimeoutError:
@@ -112,9 +113,9 @@ async def post(session: ClientSession, delivery: Delivery, settings: Settings) -
         return Answer(None, (str(error) or type(error).__name__)[:500])
 
 
-def _judged(status: int) -> Answer:
+def _judged(status: int, retry_after: str | None) -> Answer:
     if 200 <= status < 300:
         return Answer(status, None)
     if 300 <= status < 400:
         return Answer(status, f"It answered {status}: redirects are not followed.")
-    return Answer(status, f"It answered {status}.")
+    return Answer(status, f"It answered {status}.", retry_after_s(retry_after) or 0.0)

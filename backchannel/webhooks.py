@@ -18,6 +18,7 @@ from backchannel.tables import DEAD, DELIVERED, DELIVERY_FOLLOWS, PENDING, deliv
 LEASE_MS = 60_000  # four times what one try may take
 # Between the tries, up to a day in all: a receiver that is down over night misses nothing.
 WAITS_S = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 28_800)
+MOST_ASKED_S = max(WAITS_S)  # a receiver may ask for a longer wait, up to this one
 OLD_SECRET_MS = 86_400_000
 KEPT_MS = {DELIVERED: 7 * 86_400_000, DEAD: 30 * 86_400_000}
 AT_ONCE = 5_000  # rows of one statement that removes some
@@ -42,6 +43,7 @@ class Answer(NamedTuple):
 
     status: int | None
     error: str | None
+    wait_s: float = 0.0  # that its receiver asks for
 
 
 def _turn(here: str, there: str) -> Update:
@@ -144,6 +146,7 @@ def settle(connection: Connection, delivery: Delivery, answer: Answer) -> str | 
         there = DEAD
     if there == PENDING:
         wait_s = WAITS_S[delivery.tries - 1] * random.uniform(0.8, 1.0)
+        wait_s = max(wait_s, min(answer.wait_s, MOST_ASKED_S))
         statement, values["wait_ms"] = _AGAIN, int(wait_s * 1000)
     else:
         statement = _END[there]

@@ -25,8 +25,8 @@ from backchannel import (
     closing,
     dispatch,
     events,
-    file_keys,
     files,
+    idempotency,
 )
 from backchannel.batch_input import Fault, Head, check_lines, job_of_line, refusal, too_long
 from backchannel.batch_lines import Refused
@@ -74,7 +74,7 @@ async def _forget_forever(process: Process) -> None:
 
 async def _forget(process: Process) -> None:
     await process.db.write(files.forget_expired)
-    await process.db.write(file_keys.forget_free)
+    await process.db.write(idempotency.forget_free)
     while await process.db.write(batch_lines.forget_unbegun):
         pass
 

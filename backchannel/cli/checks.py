@@ -118,8 +118,9 @@ def _api(url: str, state: dict[str, Any] | None) -> Finding:
     if state is None or "database" not in state:
         return Finding("api", False, False, f"nothing answers at {url}", START)
     waiting = ", ".join(f"{count} {lane}" for lane, count in state.get("queued", {}).items())
+    told = f"{url}, waiting: {waiting}" if waiting else url  # without an admin's key it is not said
     ok = state["database"] == "ok"
-    return Finding("api", ok, True, f"{url}, waiting: {waiting}" if ok else state["database"])
+    return Finding("api", ok, True, told if ok else state["database"])
 
 
 def _workers(state: dict[str, Any] | None) -> Finding:

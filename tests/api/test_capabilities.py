@@ -114,3 +114,38 @@ async def test_a_line_of_a_batch_is_refused_alone_and_may_be_forced(
     with pytest.raises(CapabilityMissing):
         ask(CHAT, line(), registry)
     assert ask(CHAT, line(x_backchannel={"force": True}), registry).resolved.id == MODEL
+
+
+# ---------------------------------------------------------------- what a session said before
+
+
+async def session_with_an_image(plain: httpx2.AsyncClient, **asked: Any) -> tuple[str, str]:
+    session = (await plain.post("/v1/sessions", json={"model": "seeing:m", **asked})).json()["id"]
+    job = await plain.post("/v1/jobs", json={"session": session, "messages": IMAGE})
+    assert job.status_code == 202
+    return session, job.json()["id"]
+
+
+async def test_an_image_of_an_earlier_turn_counts(plain: httpx2.AsyncClient) -> None:
+    session, _ = await session_with_an_image(plain)
+    turn = {"session": session, "prompt": "And now?"}
+    for model in ({"model": MODEL}, {"model": "seeing:m", "fallbacks": [MODEL]}):
+        answer = await plain.post("/v1/jobs", json=turn | model)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "capability_missing")
+        assert "The session's earlier turns need it." in error["message"]
+    assert (await plain.get(f"/v1/sessions/{session}")).json()["model"] == "seeing:m"
+    assert (await plain.post("/v1/jobs", json=turn)).status_code == 202
+    forced = await plain.post("/v1/jobs", json=turn | {"model": MODEL, "force": True})
+    assert forced.status_code == 202
+
+
+async def test_an_image_that_is_not_told_does_not_count(plain: httpx2.AsyncClient) -> None:
+    cancelled, job = await session_with_an_image(plain)
+    await plain.post(f"/v1/jobs/{job}/cancel")
+    short, _ = await session_with_an_image(plain, history={"models": {MODEL: 8}})
+    text = (await plain.post("/v1/sessions", json={"model": MODEL})).json()["id"]
+    for session in (cancelled, short, text):
+        turn = {"session": session, "model": MODEL, "prompt": "And now?"}
+        answer = await plain.post("/v1/jobs", json=turn)
+        assert answer.status_code == 202, answer.text

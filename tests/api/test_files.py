@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from api.multipart import read_form
-from backchannel import file_keys, files
+from backchannel import files, idempotency
 from backchannel.db import Database
 from backchannel.errors import InvalidRequest
 from tests import makers
@@ -202,8 +202,8 @@ async def test_a_key_is_free_again_when_its_file_is_gone(
     assert second != first
     assert (await keyed(client, b"b\n")).json()["id"] == second
     await client.delete(f"/v1/files/{second}")
-    database.write_now(file_keys.forget_free)
-    assert makers.rows(database, "files") == []
+    database.write_now(idempotency.forget_free)
+    assert makers.rows(database, "files") == makers.rows(database, "used_keys") == []
 
 
 @pytest.mark.parametrize("seconds", ["²", "9" * 5_000, "3600.5", "-3600"])

@@ -17,6 +17,7 @@ from backchannel.errors import SetupError
 from backchannel.settings import Settings
 from tests import makers
 from tests.api.play import serving
+from tests.api.test_auth import new_key
 from tests.servers import Postgres, Valkey, valkey
 
 
@@ -40,6 +41,16 @@ async def test_a_healthy_process_counts_workers_and_what_waits(
             "queued": {"interactive": 1, "batch": 2},
         },
     )
+
+
+async def test_what_all_callers_have_waiting_is_for_who_may_see_it(
+    database: Database, client: httpx2.AsyncClient
+) -> None:
+    whole, own = new_key(database, "operator", scopes=["admin"]), new_key(database, "alice")
+    for headers, told in ({}, False), (own, False), (whole, True):
+        answer = await client.get("/readyz", headers=headers)
+        assert (answer.status_code, answer.json()["workers"]) == (200, 0)
+        assert ("queued" in answer.json()) == told
 
 
 @pytest.mark.parametrize("away", [Valkey.freeze, Valkey.kill], ids=["frozen", "killed"])

@@ -8,11 +8,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import Connection
 
 from api.main import create_app
 from backchannel.db import Database
 from backchannel.settings import Settings
-from backchannel.stored_keys import put
+from backchannel.stored_keys import bump, put
 from tests.makers import rows
 
 SECRET = "sk-secret-0123456789"
@@ -291,6 +292,24 @@ async def test_a_row_that_cannot_be_used_is_set_aside_and_the_others_live(
 
 
 # ---------------------------------------------------------------- without a worker
+
+
+async def test_one_that_is_set_aside_is_not_tried_and_says_why(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    own = {"name": "Twice", "base_url": "https://llm.example.com/v1", "default_model": "m"}
+    await client.post("/v1/providers", json=own)
+
+    def spoil(connection: Connection) -> None:
+        connection.exec_driver_sql("UPDATE providers SET base_url = 'http://10.0.0.1/v1'")
+        bump(connection)
+
+    database.write_now(spoil)
+    for what in ("discover", "test"):
+        answer = await client.post(f"/v1/providers/twice/{what}", json={})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (409, "provider_set_aside")
+        assert "10.0.0.1 is not a public address" in error["message"]
 
 
 @pytest.mark.parametrize("what", ["test", "discover"])

@@ -13,6 +13,7 @@ from backchannel.settings import Settings
 from backchannel.tables import FAILED
 from tests import makers
 from tests.api.play import Play
+from tests.api.test_auth import new_key
 
 
 async def begin(client: httpx2.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -296,3 +297,19 @@ def tiers(monkeypatch: pytest.MonkeyPatch) -> None:
         "POWERFUL": '["groq:none", "echo:strong"]',
     }.items():
         monkeypatch.setenv(f"BACKCHANNEL_TIERS__{tier}", models)
+
+
+async def test_a_retry_takes_no_model_that_its_key_is_not_for(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    own, whole = new_key(database, "alice", models=["echo:echo-1"]), new_key(database, "alice")
+    session = (await client.post("/v1/sessions", json={"model": "echo"}, headers=own)).json()["id"]
+    turn = {"session": session, "prompt": "Hello?"}
+    job = (await client.post("/v1/jobs", json=turn, headers=own)).json()["id"]
+    await client.post(f"/v1/jobs/{job}/cancel", headers=own)
+    path = f"/v1/sessions/{session}"
+    await client.patch(path, json={"model": "echo:other"}, headers=whole)
+    refused = await client.post(f"/v1/jobs/{job}/retry", headers=own)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "model_not_allowed")
+    again = await client.post(f"/v1/jobs/{job}/retry", headers=whole)
+    assert (again.status_code, again.json()["model"]) == (202, "echo:other")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from backchannel.accept import accept
 from backchannel.books import Doorbell
+from backchannel.choice import choose
 from backchannel.db import Database
-from backchannel.errors import Conflict, NotFound
+from backchannel.errors import CapabilityMissing, Conflict, NotFound
+from backchannel.provider_input import MODEST
+from backchannel.registry import Registry, built_in
+from backchannel.settings import Settings
 from backchannel.tables import BATCH, QUEUED
 from tests.makers import (
     accepted,
@@ -161,6 +168,31 @@ def test_a_job_that_names_no_model_takes_its_sessions(database: Database) -> Non
     assert (row(database, job_id).provider, row(database, job_id).model) == ("echo", "echo-1")
     (now,) = rows(database, "sessions")
     assert (now["provider"], now["model"], now["model_version"]) == ("echo", "echo-1", 1)
+
+
+def refit(registry: Registry, messages: list[dict[str, Any]]) -> Any:
+    return lambda name: choose(registry, name, messages, {"max_tokens": 5})
+
+
+def test_a_session_s_turn_is_checked_for_the_model_that_it_gets(database: Database) -> None:
+    blind = replace(built_in(Settings())[-1], id="blind", capabilities=MODEST)
+    registry = Registry([*built_in(Settings()), blind], Settings())
+    session(database)
+    database.write_now(
+        lambda c: c.exec_driver_sql("UPDATE sessions SET provider = 'blind', model = 'm'")
+    )
+    picture = [{"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}]
+    messages = [{"role": "user", "content": picture}]
+    before = everything(database)
+    with pytest.raises(CapabilityMissing, match="blind:m is not known to take images"):
+        accepted(database, session_id="sess_1", messages=messages, refit=refit(registry, messages))
+    assert everything(database) == before
+    plain = refit(registry, [{"role": "user", "content": "Hello?"}])
+    job_id = queued(database, session_id="sess_1", refit=plain, fallbacks=["echo:other"])
+    job = row(database, job_id)
+    # nor does it fall back to what was chosen for the other model
+    assert (job.provider, job.model, job.fallbacks) == ("blind", "m", None)
+    assert claimed(database, job_id).parameters == {"max_tokens": 5}
 
 
 @pytest.mark.parametrize("caller", ["alice", "mallory"])

@@ -85,6 +85,31 @@ def test_an_upgrade_keeps_every_row(empty_url: str) -> None:
     assert (kind, job_id) == ("job", "job_1")
 
 
+def test_an_upload_s_key_moves_to_the_used_keys(empty_url: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(backchannel.migrations.__file__).parent))
+    engine = create(empty_url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0007")
+        connection.exec_driver_sql(
+            "INSERT INTO files (id, caller, kind, purpose, filename, status, bytes, created_ms) "
+            "VALUES ('key-ab', 'local', 'key', 'digest', 'file-1', 'key', 0, 7), "
+            "('file-1', 'local', 'input', 'batch', 'in', 'processed', 1, 7)"
+        )
+    migrate(empty_url)
+    with engine.begin() as connection:
+        found = connection.exec_driver_sql("SELECT * FROM used_keys").all()
+        files = connection.exec_driver_sql("SELECT id FROM files").scalars().all()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0007")
+        back = connection.exec_driver_sql("SELECT id, filename, purpose FROM files").all()
+    engine.dispose()
+    key = "file-ab", "file", "local", "file-1", "file-1", "digest", 7
+    assert (found, files) == ([key], ["file-1"])
+    assert set(back) == {("key-ab", "file-1", "digest"), ("file-1", "in", "batch")}
+
+
 def test_a_database_newer_than_the_code_says_what_to_do(database_url: str) -> None:
     engine = create(database_url)
     with engine.begin() as connection:

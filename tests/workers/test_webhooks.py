@@ -93,6 +93,19 @@ async def test_what_was_not_taken_is_sent_again_with_the_same_id(
     assert (row["tries"], row["status"], row["error"]) == (2, 200, None)
 
 
+@pytest.mark.parametrize(("asked", "at_most_s"), [("900", 900), ("9999999", 28_800)])
+async def test_a_receiver_may_ask_to_be_left_alone(
+    bench: Bench, process: Process, listening: Receiver, asked: str, at_most_s: int
+) -> None:
+    listening.status, listening.headers = 429, {"Retry-After": asked}
+    subscribe(bench, listening.url)
+    finished(bench)
+    await asyncio.to_thread(listening.until, 1)
+    await asyncio.sleep(1.0)  # it is written down
+    (row,) = makers.rows(bench.database, "deliveries")
+    assert row["next_ms"] / 1000 - time.time() == pytest.approx(at_most_s, abs=10)
+
+
 async def test_a_receiver_that_hangs_holds_up_no_other(
     bench: Bench, process: Process, listening: Receiver
 ) -> None:

@@ -7,10 +7,7 @@ What the provider says about itself (error code, error type) is believed before 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping
-from email.utils import parsedate_to_datetime
-from math import isfinite
 from typing import Any
 
 import aiohttp
@@ -19,6 +16,7 @@ import msgspec
 
 from backchannel.errors import BackchannelError, ProviderError
 from backchannel.registry import Provider
+from backchannel.retry_after import retry_after_s, seconds_of
 
 MESSAGE_CAP = 300  # characters of the provider's own words
 
@@ -262,28 +260,13 @@ def _one_line(text: str) -> str:
 
 def _retry_after_s(headers: Mapping[str, str], said: Mapping[str, Any]) -> float | None:
     """Seconds the provider wants to be left alone: by header, or by Google's RetryInfo."""
-    milliseconds = _seconds(headers.get("retry-after-ms"))
+    milliseconds = seconds_of(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000
-    value = headers.get("retry-after")
-    if value is not None:
-        seconds = _seconds(value)
-        if seconds is not None:
-            return seconds
-        try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, OverflowError):
-            return None
+    if "retry-after" in headers:
+        return retry_after_s(headers["retry-after"])
     details = said.get("details")
     for detail in details if isinstance(details, list) else ():
         if isinstance(detail, dict) and "retryDelay" in detail:
-            return _seconds(str(detail["retryDelay"]).removesuffix("s"))
+            return seconds_of(str(detail["retryDelay"]).removesuffix("s"))
     return None
-
-
-def _seconds(value: str | None) -> float | None:
-    try:
-        number = float(value) if value is not None else None
-    except ValueError:
-        return None
-    return max(0.0, number) if number is not None and isfinite(number) else None
