@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, and_, case, insert, not_, update
+from sqlalchemy import Connection, and_, case, insert, not_, select, update
 
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.pages import behind, following
@@ -57,14 +57,14 @@ async def create_session(
         "double_texting": asked.double_texting,
         "history": _limits(asked),
         "meta": asked.metadata or {},
-        "created_ms": NOW,
-        "updated_ms": NOW,
     }
 
     def write(connection: Connection) -> tuple[Session, bool]:
         settled = settle(connection, use_of(SESSION, caller, key, asked), session_id)
         if settled.first:
-            connection.execute(insert(sessions).values(values))
+            now = connection.execute(select(NOW)).scalar_one()  # once: PostgreSQL's goes on
+            times = {"created_ms": now, "updated_ms": now}
+            connection.execute(insert(sessions).values(**values, **times))
         return _read(connection, caller, settled.subject), settled.first
 
     session, first = await its.db.write(write)
