@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,8 +20,11 @@ from backchannel import custom_providers, roster
 from backchannel.db import now_ms
 from backchannel.errors import Conflict, InvalidRequest, NotFound
 from backchannel.idempotency import PROVIDER
+from backchannel.limits import account_of, holds
 from backchannel.provider_input import EditProvider, NewProvider
+from backchannel.pubsub import OUTAGE
 from backchannel.registry import Provider, Registry
+from backchannel.schemas import rfc3339
 from backchannel.tables import workers
 
 router = APIRouter(prefix="/v1/providers", tags=["providers"], route_class=StrictRoute)
@@ -35,9 +40,10 @@ async def list_providers(its: Shared) -> dict[str, Any]:
     """Every provider, available or not, and which process runs with which version of the list."""
     await its.roster.refresh()
     registry = its.registry
+    held = await _holds(its, registry.providers.values())
     return {
         "object": "list",
-        "data": [_shown(each, registry) for each in registry.providers.values()]
+        "data": [_shown(each, registry, held) for each in registry.providers.values()]
         + [_set_aside(each, why) for each, why in registry.set_aside.items()],
         "version": registry.version,
         "processes": [
@@ -51,13 +57,27 @@ async def list_providers(its: Shared) -> dict[str, Any]:
 async def get_provider(provider_id: str, its: Shared) -> dict[str, Any]:
     """One provider."""
     await its.roster.refresh()
-    return _find(its.registry, provider_id)
+    return await _find(its, provider_id)
 
 
-def _find(registry: Registry, provider_id: str) -> dict[str, Any]:
+async def _find(its: Resources, provider_id: str) -> dict[str, Any]:
+    registry = its.registry
     if provider_id in registry.set_aside.keys() - registry.providers.keys():
         return _set_aside(provider_id, registry.set_aside[provider_id])
-    return _shown(known(registry, provider_id), registry)
+    found = known(registry, provider_id)
+    return _shown(found, registry, await _holds(its, [found]))
+
+
+async def _holds(its: Resources, providers: Iterable[Provider]) -> dict[str, str]:
+    """Until when each of the accounts is left alone that asked for it, as far as Redis says it."""
+    accounts = [account_of(each, its.registry.stored) for each in providers]
+    now = int(time.time() * 1000)
+    with contextlib.suppress(*OUTAGE):
+        return {
+            hold.account: rfc3339(now + hold.ms)
+            for hold in await holds(its.redis, its.prefix, accounts)
+        }
+    return {}
 
 
 def known(registry: Registry, provider_id: str) -> Provider:
@@ -86,7 +106,7 @@ _REASONS = {
 }
 
 
-def _shown(provider: Provider, registry: Registry) -> dict[str, Any]:
+def _shown(provider: Provider, registry: Registry, held: Mapping[str, str]) -> dict[str, Any]:
     source = registry.key_source(provider)
     if source is not None:
         reason = _REASONS[source]
@@ -109,6 +129,8 @@ def _shown(provider: Provider, registry: Registry) -> dict[str, Any]:
             model: {k: None if v is None else float(v) for k, v in each}
             for model, each in provider.prices.items()
         },
+        "limits": asdict(provider.limits),
+        "held_until": held.get(account_of(provider, registry.stored)),
         "needs_key": provider.needs_key,
         "key": source,
         "allow_loopback": provider.allow_loopback,
@@ -166,7 +188,7 @@ async def add_provider(
     use = use_of(PROVIDER, caller, key, asked)
     added = await _change(its, lambda c: custom_providers.add(c, asked, its.settings, use))
     say_whether(added.first, response)
-    return _find(its.registry, added.id)
+    return await _find(its, added.id)
 
 
 @router.patch("/{provider_id}")
@@ -176,7 +198,7 @@ async def edit_provider(
     """Change a provider; what is left out stays, and running answers finish as they began."""
     _check_loopback(asked.allow_loopback, request)
     await _change(its, lambda c: custom_providers.edit(c, provider_id, asked, its.settings))
-    return _find(its.registry, provider_id)
+    return await _find(its, provider_id)
 
 
 @router.delete("/{provider_id}")

@@ -23,13 +23,14 @@ from backchannel.errors import Conflict, InvalidRequest, NotFound
 from backchannel.idempotency import Use, settle
 from backchannel.ids import new_id
 from backchannel.provider_input import EditProvider, NewProvider, slug
-from backchannel.registry import BUILT_IN, PROVIDER_ID, Capabilities, Provider, Registry
+from backchannel.registry import BUILT_IN, PROVIDER_ID, Capabilities, Limits, Provider, Registry
 from backchannel.registry import built_in as built_in_providers
 from backchannel.settings import PriceSettings, Settings
 from backchannel.stored_keys import PROVIDERS_VERSION, bump
 from backchannel.strict_json import not_valid, place_of
 from backchannel.tables import providers, secrets
 from backchannel.tiers import NAMES
+from backchannel.waiting import recall
 
 BUILT_IN_IDS = frozenset(provider.id for provider in BUILT_IN)
 # A name of these would mean something else in the place of a model.
@@ -98,14 +99,17 @@ def edit(
     if found is None:
         raise _missing(provider_id)
     before = _decoded(found._asdict())
-    if "capabilities" in said and isinstance(before["capabilities"], dict):
-        said["capabilities"] = {**before["capabilities"], **said["capabilities"]}
+    for name in ("capabilities", "limits"):
+        if name in said and isinstance(before[name], dict):
+            said[name] = {**before[name], **said[name]}
     whole, why = _provider({**before, **said}, settings)
     if whole is None:
         raise InvalidRequest(f"It would be set aside. {why}", code="invalid_provider")
     connection.execute(
         update(providers).where(providers.c.id == provider_id).values(**said, updated_ms=NOW)
     )
+    if "limits" in said:
+        recall(connection, provider_id)
 
 
 def remove(connection: Connection, provider_id: str) -> None:
@@ -175,7 +179,7 @@ class Loaded(NamedTuple):
 
 
 _FIELDS = tuple(name for name in NewProvider.model_fields)
-_JSON = ("models", "capabilities", "prices")
+_JSON = ("models", "capabilities", "prices", "limits")
 _FLAGS = ("needs_key", "allow_loopback", "reports_stream_usage")
 # As text and numbers: one row that is damaged must not spoil the reading of the others.
 _ROWS = select(
@@ -219,6 +223,7 @@ def registry_of(loaded: Loaded, settings: Settings) -> Registry:
 
 def _decoded(row: Mapping[str, Any]) -> dict[str, Any]:
     whole = dict(row)
+    whole["limits"] = row["limits"] or {}  # of before there were any
     for name in _JSON:
         if isinstance(row[name], str):
             with contextlib.suppress(ValueError):  # as it lies there: the check will say so
@@ -258,6 +263,7 @@ def _provider(row: Mapping[str, Any], settings: Settings) -> tuple[Provider | No
         prices=prices,
         allow_loopback=said.allow_loopback,
         builtin=False,
+        limits=Limits(**said.limits.model_dump()),
     ), ""
 
 

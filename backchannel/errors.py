@@ -261,6 +261,8 @@ PROVIDER_ERRORS: dict[str, Policy] = {
 
 # What says that an endpoint is not well, if it comes before any content: enough of these in a row
 # open its circuit. Everything else, a refusal or half an answer, is a sign of life.
+# What says that it was asked too much, and may say until when.
+BUSY = frozenset({"rate_limited", "overloaded"})
 UNWELL = frozenset({"unreachable", "overloaded", "server_error", "disconnected", "stalled"})
 
 

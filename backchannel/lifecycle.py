@@ -18,6 +18,7 @@ from sqlalchemy import (
     Connection,
     Label,
     Update,
+    and_,
     bindparam,
     case,
     delete,
@@ -107,15 +108,15 @@ def _asked(column: Column[Any]) -> Label[Any]:
     return its.scalar_subquery().label(column.name)
 
 
+is_due = and_(
+    jobs.c.run_ms <= NOW, jobs.c.deadline_ms > NOW, jobs.c.cancel_ms.is_(None), turn_has_come
+)
+# What was taken of a provider's limits is for it alone: a doorbell of the job's model before is
+# a duplicate.
+of_provider = jobs.c.provider == bindparam("of_provider")
 _CLAIM = (
     move(QUEUED, RUNNING)
-    .where(
-        jobs.c.run_ms <= NOW,
-        jobs.c.deadline_ms > NOW,
-        jobs.c.cancel_ms.is_(None),
-        jobs.c.crashes < bindparam("crashes_below"),
-        turn_has_come,
-    )
+    .where(is_due, jobs.c.crashes < bindparam("crashes_below"))
     .values(
         attempt=jobs.c.attempt + 1,
         owner=bindparam("by_owner"),
@@ -146,6 +147,7 @@ _CLAIM = (
         PROVIDERS_VERSION.label("registry_version"),
     )
 )
+_CLAIM_OF = _CLAIM.where(of_provider)
 _BEGIN_ATTEMPTS = in_bulk(insert(attempts).values(started_ms=NOW))
 _SESSION = select(sessions.c.system, sessions.c.history).where(
     sessions.c.id == bindparam("session")
@@ -154,22 +156,29 @@ PATIENCE = 3  # times the crashes allowed, for a job that workers also die witho
 
 
 def claim(
-    connection: Connection, job_id: str, owner: str, lease_s: float, crashes_below: int = 1000
+    connection: Connection,
+    job_id: str,
+    owner: str,
+    lease_s: float,
+    crashes_below: int = 1000,
+    provider: str | None = None,
 ) -> Claim | None:
     """Take a queued job that is due; None means the doorbell was a duplicate, or too early.
 
     Args:
         crashes_below: Leave jobs alone that have taken this many workers with them.
+        provider: Leave jobs alone that have come to ask another one.
     """
-    row = connection.execute(
-        _CLAIM,
-        {
-            "job": job_id,
-            "by_owner": owner,
-            "lease_in_ms": int(lease_s * 1000),
-            "crashes_below": crashes_below,
-        },
-    ).first()
+    asked = {
+        "job": job_id,
+        "by_owner": owner,
+        "lease_in_ms": int(lease_s * 1000),
+        "crashes_below": crashes_below,
+    }
+    if provider is None:
+        row = connection.execute(_CLAIM, asked).first()
+    else:
+        row = connection.execute(_CLAIM_OF, {**asked, "of_provider": provider}).first()
     if row is None:
         return None
     begun = {"job_id": job_id, "attempt": row.attempt, "owner": owner}

@@ -67,6 +67,17 @@ class SaidCapabilities(_Said):
     tools: bool = MODEST.tools
 
 
+Limit = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+
+class SaidLimits(_Said):
+    """What all processes together may ask of it; null or left out: as much as one likes."""
+
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    concurrency: Limit | None = None
+
+
 ProviderName = Annotated[
     str,
     StringConstraints(min_length=1, max_length=50, strip_whitespace=True),
@@ -89,6 +100,7 @@ class EditProvider(NullsAreNotGiven):
     models: Models | None = None
     capabilities: SaidCapabilities | None = None
     prices: Prices | None = None
+    limits: SaidLimits | None = None
     needs_key: bool | None = None
     allow_loopback: bool | None = None
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] | None = None
@@ -105,6 +117,7 @@ class NewProvider(_Said):
     models: Models = []
     capabilities: SaidCapabilities = SaidCapabilities()
     prices: Prices = {}
+    limits: SaidLimits = SaidLimits()
     needs_key: bool = Field(False, description="True: not available before its key is stored.")
     allow_loopback: bool = Field(
         False, description="Of who asks from this machine: the server may be on it."

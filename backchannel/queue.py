@@ -1,8 +1,8 @@
 """The queue: the one Celery task's name, its doorbells, and the Celery app that both ends agree on.
 
-The database row is the job. A Celery message is a doorbell: it carries a job id and nothing else,
-may be lost, doubled or late, and is rendered here once instead of through `send_task` (11.5 µs
-against 390). Its form is Celery's task protocol 2
+The database row is the job. A Celery message is a doorbell: it carries a job id, and which
+provider's limits to look at first; it may be lost, doubled or late, and is rendered here once
+instead of through `send_task` (11.5 µs against 390). Its form is Celery's task protocol 2
 (https://docs.celeryq.dev/en/stable/internals/protocol.html) inside kombu's Redis envelope.
 """
 
@@ -48,7 +48,9 @@ def render(bell: Doorbell) -> bytes:
     """One doorbell as kombu's Redis transport expects it in the list."""
     task_id = celery_id(bell.job_id, bell.attempt)
     words = f"('{bell.job_id}', '{bell.lane}', '{bell.model}', 'attempt {bell.attempt}')"
-    body = base64.b64encode(_encode([[bell.job_id], {}, _EMBED])).decode()
+    # as keywords: a worker of an older version does without
+    way = {"provider": bell.model.partition(":")[0], "lane": bell.lane}
+    body = base64.b64encode(_encode([[bell.job_id], way, _EMBED])).decode()
     return _encode(
         {
             "body": body,

@@ -27,6 +27,21 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a provider may be asked for, by all processes together; None: as much as one likes."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+
+    def __bool__(self) -> bool:
+        return self != NO_LIMITS
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
 class Provider:
     """One place that answers chats.
 
@@ -43,6 +58,7 @@ class Provider:
         limited: What some of its models can, where that is less than the provider can.
         prices: Per model, ``*`` for any other: what whoever added the provider says it costs.
         allow_loopback: A custom one may be on this machine.
+        limits: What it may be asked for, by all processes together.
     """
 
     id: str
@@ -62,6 +78,7 @@ class Provider:
     prices: Mapping[str, PriceSettings] = field(default_factory=dict, hash=False)
     allow_loopback: bool = False
     builtin: bool = True
+    limits: Limits = NO_LIMITS
 
     def can(self, model: str) -> Capabilities:
         """What requests to one of its models may contain."""
@@ -322,21 +339,33 @@ _TIERS = "BACKCHANNEL_TIERS__"
 
 
 def built_in(settings: Settings) -> list[Provider]:
-    """The built-in providers with the operator's base URLs.
+    """The built-in providers with the operator's base URLs and limits.
 
     Raises:
-        SetupError: The settings give a base URL to a provider that is not built in.
+        SetupError: The settings give a base URL or limits to a provider that is not built in.
     """
     ids = {provider.id for provider in BUILT_IN}
+    known = ", ".join(sorted(ids))
+    if unknown := settings.limits.keys() - ids:
+        own = min(unknown)
+        raise SetupError(
+            f"BACKCHANNEL_LIMITS names '{own}', which is no built-in provider. Those are: {known}. "
+            f"Those of one of your own are set by: backchannel providers edit {own}"
+        )
+    limits = {name: Limits(**own.model_dump()) for name, own in settings.limits.items()}
     moved = {name: own.base_url for name, own in settings.providers.items() if own.base_url}
     if unknown := moved.keys() - ids:
-        known = ", ".join(sorted(ids))
         raise SetupError(
             f"{variable(min(unknown), 'BASE_URL')} names no built-in provider. Those are: {known}. "
             "One of your own is added by: backchannel providers add"
         )
     return [
-        replace(each, base_url=moved[each.id]) if each.id in moved else each for each in BUILT_IN
+        replace(
+            each,
+            base_url=moved.get(each.id, each.base_url),
+            limits=limits.get(each.id, each.limits),
+        )
+        for each in BUILT_IN
     ]
 
 

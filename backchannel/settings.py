@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from backchannel.egress import AllowedHosts
@@ -35,6 +35,16 @@ class PriceSettings(BaseModel):
     output: Decimal
     cached: Decimal | None = None  # None: as input
     cache_write: Decimal | None = None  # None: as input
+
+
+class LimitSettings(BaseModel):
+    """What all processes together may ask of one provider; None: as much as one likes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    concurrency: int | None = Field(None, ge=1)
 
 
 class Settings(BaseSettings):
@@ -78,6 +88,11 @@ class Settings(BaseSettings):
     prices: dict[str, PriceSettings] = Field(
         default_factory=dict,
         description="Own prices by provider:model, as JSON; they go before the price list.",
+    )
+    limits: dict[str, LimitSettings] = Field(
+        default_factory=dict,
+        description="What all processes together may ask of a built-in provider, by its id, as "
+        "JSON: requests_per_minute, tokens_per_minute, concurrency.",
     )
     egress_allow: str = Field(
         "",

@@ -500,6 +500,7 @@ class CustomProvider(SQLModel, table=True):
     models: list[str] = Field(sa_column=Column(JSON, nullable=False))
     capabilities: dict[str, bool] = Field(sa_column=Column(JSON, nullable=False))
     prices: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    limits: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
     needs_key: bool = False
     allow_loopback: bool = False  # it was added on this machine, where loopback means the same
     max_tokens_field: str

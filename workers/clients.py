@@ -101,9 +101,7 @@ class ClientCache:
         Raises:
             ProviderKeyMissing: The provider needs a key that is not set.
         """
-        sdk = SDK.get(provider.type)
-        if sdk:
-            await self._imported(sdk)
+        await self.prepare(provider)
         entry = self._entry(provider)
         if entry is None:
             yield None
@@ -114,6 +112,11 @@ class ClientCache:
         finally:
             entry.users -= 1
             await self._close_unused()
+
+    async def prepare(self, provider: Provider) -> None:
+        """Have a call of a provider be made at once: its SDK is there."""
+        if sdk := SDK.get(provider.type):
+            await self._imported(sdk)
 
     def circuit(self, provider: Provider) -> Circuit:
         """The circuit of a provider's endpoint; other keys and addresses have their own.

@@ -16,13 +16,21 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from backchannel import books, events, faults, lifecycle
 from backchannel.bus import Stream
-from backchannel.errors import UNWELL, BackchannelError, ProviderError, Unavailable, falls_back
+from backchannel.errors import (
+    BUSY,
+    UNWELL,
+    BackchannelError,
+    ProviderError,
+    Unavailable,
+    falls_back,
+)
 from backchannel.events import end_fields
 from backchannel.lifecycle import Ask, Claim
+from backchannel.limits import Place
 from backchannel.pricing import Tokens, price
 from backchannel.registry import Provider
 from backchannel.settings import Settings
-from backchannel.tables import CANCELLED, EXPIRED, FAILED, SUCCEEDED
+from backchannel.tables import CANCELLED, EXPIRED, FAILED, INTERACTIVE, SUCCEEDED
 from backchannel.writer import Work
 from workers.answer import Answer
 from workers.circuit import Circuit, Passage
@@ -60,34 +68,55 @@ class Report:
         return " · ".join(word for word in words if word)
 
 
-async def run(process: Process, job_id: str) -> Report | None:
-    """Run one job's next attempt to its end; None means there was nothing to do."""
+async def run(
+    process: Process, job_id: str, provider_id: str | None = None, lane: str = INTERACTIVE
+) -> Report | None:
+    """Run one job's next attempt to its end; None means there was nothing to do, or it must wait.
+
+    Args:
+        provider_id: Whose limits to look at first; None: the job's, whoever that is.
+    """
+    way = provider_id, lane
     last = max(process.settings.max_crashes - 1, 1)
-    report, claimed = await _attempt(process, job_id, crashes_below=last)
+    report, claimed = await _attempt(process, job_id, way, crashes_below=last)
     if not claimed and process.hoping < MAX_HOPING:
         process.hoping += 1
         try:
             async with process.last_chance:
                 most = lifecycle.PATIENCE * (last + 1)
-                report, _ = await _attempt(process, job_id, crashes_below=most)
+                report, _ = await _attempt(process, job_id, way, crashes_below=most)
         finally:
             process.hoping -= 1
     return report
 
 
 async def _attempt(
-    process: Process, job_id: str, *, crashes_below: int
+    process: Process, job_id: str, way: tuple[str | None, str], *, crashes_below: int
 ) -> tuple[Report | None, bool]:
-    """Claim and run; also tells whether there was anything to claim."""
+    """Claim and run, if the provider takes calls; also tells whether there was anything to do."""
     if process.watchdog.lag_s > MAX_LAG_S:
         await process.watchdog.caught_up(MAX_LAG_S)
     if process.draining:
         return None, False
+    if way[0] in process.gate.open:
+        return await _claimed(process, job_id, way[0], None, crashes_below)
+    place = await process.gate.enter(job_id, *way)
+    if place is None:
+        return None, True
+    try:
+        return await _claimed(process, job_id, way[0], place, crashes_below)
+    finally:
+        await process.gate.leave(place)
+
+
+async def _claimed(
+    process: Process, job_id: str, provider_id: str | None, place: Place | None, crashes_below: int
+) -> tuple[Report | None, bool]:
     asked = time.monotonic()
     try:
         claim = await process.db.write(
             lambda c: lifecycle.claim(
-                c, job_id, process.owner, process.settings.lease_s, crashes_below
+                c, job_id, process.owner, process.settings.lease_s, crashes_below, provider_id
             )
         )
     except Unavailable as error:
@@ -97,7 +126,7 @@ async def _attempt(
         return None, False
     if faults.ARMED:
         faults.hit("claim.committed", f"{claim.provider}:{claim.model}")
-    this = Run(process, claim, asked)
+    this = Run(process, claim, asked, place)
     process.runs[job_id, claim.attempt] = this
     try:
         return await this.go(), True
@@ -108,9 +137,12 @@ async def _attempt(
 class Run:
     """One attempt in flight."""
 
-    def __init__(self, process: Process, claim: Claim, claimed_at: float) -> None:
+    def __init__(
+        self, process: Process, claim: Claim, claimed_at: float, place: Place | None = None
+    ) -> None:
         self.process = process
         self.claim = claim
+        self.place = place  # what was taken of the provider's limits, where it has any
         self.answer = Answer(claim.job_id)
         self.provider: Provider | None = None
         self.called = False
@@ -196,6 +228,8 @@ class Run:
         if self.claim.registry_version != self.process.registry.version:
             await self.process.roster.refresh()
         self.provider = provider = self.process.registry.get(self.claim.provider)
+        if provider.id not in self.process.gate.open:
+            self._check_hold(provider)
         self._circuit = clients.circuit(provider)
         with self._circuit.passage(self.claim.job_id) as passage:
             # before the record: a process's first client imports its SDK, 1-2 s without a call
@@ -213,6 +247,18 @@ class Run:
                 finally:
                     self._calling = None
 
+    def _check_hold(self, provider: Provider) -> None:
+        """Not called, also not by who has fallbacks and did not wait for the end of the hold."""
+        left_s = self.process.gate.held_s(provider)
+        if self.place is not None:
+            left_s = max(left_s, self.place.held_s)
+        if left_s > 0:
+            raise ProviderError(
+                f"Provider '{provider.id}' has asked to be left alone for now.",
+                code="rate_limited",
+                retry_after_s=left_s,
+            )
+
     async def _put_on_record(self) -> None:
         if self._stop is not None:
             raise _stopped(self._stop)
@@ -221,6 +267,8 @@ class Run:
             raise _Stopped("lost")
         self._fault("call.marked")
         self.called = True
+        if self.place is not None:
+            self.place.called_at = time.monotonic()
 
     async def _answer(self, client: Any, provider: Provider, passage: Passage) -> Finish:
         claim, settings = self.claim, self.process.settings
@@ -261,6 +309,8 @@ class Run:
                 code=error.code,
                 error=error.message,
             )
+            if error.code in BUSY and error.retry_after_s and self.provider is not None:
+                await self.process.gate.hold(self.provider, error.retry_after_s)
             circuit = self._circuit
             if error.code in UNWELL and circuit and not circuit.blames(claim.job_id):
                 error.excuse(circuit.wait_s())
@@ -420,6 +470,8 @@ class Run:
             return books.Spent("unknown", None)
         if not all(0 <= count <= MOST_TOKENS for count in astuple(usage)):
             return books.Spent("unknown", None)
+        if self.place is not None:
+            self.place.tokens = usage.input_tokens + usage.output_tokens
         tokens = Tokens(
             usage.input_tokens,
             usage.output_tokens,

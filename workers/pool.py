@@ -86,12 +86,12 @@ class AsyncioPool(BasePool):
         """Start a task's coroutine; `target` is Celery's tracer, called when it has finished."""
         name, _uuid, _request, body, content_type, encoding = args
         task = self.app.tasks[name]
-        task_args, _kwargs, _embed = loads(body, content_type, encoding, accept={content_type})
+        task_args, way, _embed = loads(body, content_type, encoding, accept={content_type})
         started = time.monotonic()
         if accept_callback is not None:
             accept_callback(os.getpid(), started)
         self._in_flight += 1
-        future = self.process.submit(task.coroutine(*task_args))
+        future = self.process.submit(task.coroutine(*task_args, **way))
         flight = _Flight(target, args, callback or _nobody, started, future)
 
         def landed(_: Future[Any]) -> None:  # on the loop's thread

@@ -30,7 +30,7 @@ from backchannel.registry import Registry
 from backchannel.roster import Roster
 from backchannel.settings import Settings, get_settings
 from backchannel.writer import Work
-from workers import caretaker, errands, heart, planner, webhooks
+from workers import caretaker, errands, gate, heart, planner, webhooks
 from workers.clients import ClientCache
 from workers.watchdog import Watchdog
 
@@ -104,7 +104,9 @@ class Process:
         self.clients = ClientCache(settings)
         stack.push_async_callback(self.clients.aclose)
         self.roster = Roster(settings, self.db, self._change_providers)
+        self.gate = gate.Gate(self)
         await self.roster.refresh()
+        self.gate.take(self.roster.registry)
         self.publisher = Publisher(self.redis, settings.redis_prefix)
         stack.push_async_callback(self.publisher.close)
         self.listener = Listener(self.redis, f"{settings.redis_prefix}cancel")
@@ -120,6 +122,7 @@ class Process:
         self.pulse = heart.Pulse(settings)
         for name, habit in (
             *heart.habits(self),
+            *gate.habits(self),
             *errands.habits(self),
             ("providers-follower", self.roster.follow(self.listener, settings.redis_prefix)),
             *caretaker.habits(self),
@@ -161,6 +164,7 @@ class Process:
             self.clients.keys.take(await self.db.read(stored_keys.sealed))
         for provider_id in custom_providers.changed(old, new):
             await self.clients.reset(provider_id)
+        self.gate.take(new)
 
     async def ring(self, bell: Doorbell | None) -> None:
         """Ring for a job that may run now; the dispatcher does it if Redis will not."""

@@ -9,19 +9,26 @@ from celery import Task
 from celery.exceptions import Ignore
 
 from backchannel.queue import RUN_CHAT, celery_app
+from backchannel.tables import INTERACTIVE
 from workers import engine
 from workers.process import get_process
 
 app = celery_app()
 
 
-async def run_chat_coroutine(job_id: str) -> str:
+async def run_chat_coroutine(
+    job_id: str, provider: str | None = None, lane: str = INTERACTIVE
+) -> str:
     """What the asyncio pool runs for one doorbell.
 
+    Args:
+        provider: Whose limits count; None in doorbells of an older version.
+
     Raises:
-        Ignore: A duplicate, or a job that is not ours any more: nothing for Flower to show.
+        Ignore: A duplicate, a job that waits for its provider's limit, or one that is not ours any
+            more: nothing for Flower to show.
     """
-    report = await engine.run(get_process(), job_id)
+    report = await engine.run(get_process(), job_id, provider, lane)
     if report is None:
         raise Ignore
     return str(report)
@@ -42,6 +49,8 @@ class CoroutineTask(Task):  # type: ignore[type-arg]
 
 
 @app.task(name=RUN_CHAT, bind=True, base=CoroutineTask, coroutine=staticmethod(run_chat_coroutine))
-def run_chat(self: CoroutineTask, job_id: str) -> str:
+def run_chat(
+    self: CoroutineTask, job_id: str, provider: str | None = None, lane: str = INTERACTIVE
+) -> str:
     """Run one chat job's next attempt."""
-    return self.body(job_id)
+    return self.body(job_id, provider, lane)

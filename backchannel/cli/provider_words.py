@@ -14,6 +14,7 @@ def words_of(
     can: list[str] | None,
     cannot: list[str] | None,
     price: list[str] | None,
+    limits: dict[str, int | None] | None,
     needs_key: bool | None,
     max_tokens_field: str | None,
     stream_usage: bool | None,
@@ -29,6 +30,7 @@ def words_of(
         "models": models or None,
         "capabilities": _capabilities(can or [], cannot or []),
         "prices": dict(map(_price, price or [])) or None,
+        "limits": limits,
         "needs_key": needs_key,
         "max_tokens_field": max_tokens_field,
         "reports_stream_usage": stream_usage,
@@ -58,6 +60,24 @@ def _price(text: str) -> tuple[str, dict[str, float]]:
     return model or "*", {"input": cost_in, "output": cost_out}
 
 
+def limits_of(
+    requests_per_minute: int | None, tokens_per_minute: int | None, concurrency: int | None
+) -> dict[str, int | None] | None:
+    """The limits that were given; 0 takes one away."""
+    given = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "concurrency": concurrency,
+    }
+    return {name: limit or None for name, limit in given.items() if limit is not None} or None
+
+
+def why(provider: dict[str, Any]) -> str:
+    """Why it is available or not, and until when it is left alone, in a few words."""
+    held = provider.get("held_until")
+    return f"{provider['reason']}; left alone until {held}" if held else str(provider["reason"])
+
+
 def show_provider(provider: dict[str, Any], as_json: bool) -> None:
     from backchannel.cli.screen import show as line
     from backchannel.cli.screen import show_json
@@ -66,6 +86,8 @@ def show_provider(provider: dict[str, Any], as_json: bool) -> None:
         show_json(provider)
         return
     for name, value in provider.items():
+        if name == "limits":
+            value = {limit: number for limit, number in value.items() if number is not None}
         if name not in ("object", "id") and value not in (None, [], {}):
             line(f"{name:<21} {_told(value)}")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from backchannel.cli.provider_words import show_provider, words_of
+from backchannel.cli.provider_words import limits_of, show_provider, why, words_of
 
 EPILOGUE = """\
 \b
@@ -24,6 +24,13 @@ Models = typer.Option("--models", help="A model to list; may be repeated.")
 Can = typer.Option("--can", help="images, schemas or tools; may be repeated.")
 Cannot = typer.Option("--cannot", help="images, schemas or tools; may be repeated.")
 Price = typer.Option("--price", help="MODEL=IN,OUT in dollars per million tokens; * is any model.")
+Requests = typer.Option(
+    "--requests-per-minute", min=0, help="Of all workers together; 0: no limit."
+)
+Tokens = typer.Option("--tokens-per-minute", min=0, help="Of all workers together; 0: no limit.")
+Concurrency = typer.Option(
+    "--concurrency", min=0, help="Calls at once, of all workers together; 0: no limit."
+)
 NeedsKey = typer.Option("--needs-key/--no-key", help="Whether it is of no use without a key.")
 MaxTokens = typer.Option("--max-tokens-field", help="max_tokens or max_completion_tokens.")
 StreamUsage = typer.Option(
@@ -56,7 +63,7 @@ def list_providers(as_json: AsJson = False) -> None:
         show_json(found)
         return
     rows = [
-        [each["id"], "yes" if each["available"] else "no", each["reason"],
+        [each["id"], "yes" if each["available"] else "no", why(each),
          f"{each['id']}:{each['default_model']}" if "default_model" in each else "",
          each.get("base_url", "")]
         for each in found["data"]
@@ -97,6 +104,9 @@ def add(
     can: Annotated[list[str] | None, Can] = None,
     cannot: Annotated[list[str] | None, Cannot] = None,
     price: Annotated[list[str] | None, Price] = None,
+    requests_per_minute: Annotated[int | None, Requests] = None,
+    tokens_per_minute: Annotated[int | None, Tokens] = None,
+    concurrency: Annotated[int | None, Concurrency] = None,
     needs_key: Annotated[bool | None, NeedsKey] = None,
     max_tokens_field: Annotated[str | None, MaxTokens] = None,
     stream_usage: Annotated[bool | None, StreamUsage] = None,
@@ -106,8 +116,9 @@ def add(
     from backchannel.cli.client import call
     from backchannel.cli.screen import say
 
+    limits = limits_of(requests_per_minute, tokens_per_minute, concurrency)
     said = words_of(
-        url, model, models, can, cannot, price, needs_key, max_tokens_field, stream_usage
+        url, model, models, can, cannot, price, limits, needs_key, max_tokens_field, stream_usage
     )
     made = call("POST", "/v1/providers", json={"name": name, "type": kind, **said})
     show_provider(made, as_json)
@@ -125,6 +136,9 @@ def edit(
     can: Annotated[list[str] | None, Can] = None,
     cannot: Annotated[list[str] | None, Cannot] = None,
     price: Annotated[list[str] | None, Price] = None,
+    requests_per_minute: Annotated[int | None, Requests] = None,
+    tokens_per_minute: Annotated[int | None, Tokens] = None,
+    concurrency: Annotated[int | None, Concurrency] = None,
     needs_key: Annotated[bool | None, NeedsKey] = None,
     max_tokens_field: Annotated[str | None, MaxTokens] = None,
     stream_usage: Annotated[bool | None, StreamUsage] = None,
@@ -133,8 +147,9 @@ def edit(
     """Change a provider that was added; what is not named stays as it is."""
     from backchannel.cli.client import call
 
+    limits = limits_of(requests_per_minute, tokens_per_minute, concurrency)
     said = words_of(
-        url, model, models, can, cannot, price, needs_key, max_tokens_field, stream_usage
+        url, model, models, can, cannot, price, limits, needs_key, max_tokens_field, stream_usage
     )
     show_provider(call("PATCH", f"/v1/providers/{provider_id}", json=said), as_json)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from api.main import create_app
 from backchannel.db import Database
+from backchannel.limits import Hold, Limiter, account_of
+from backchannel.pubsub import connect
+from backchannel.registry import build_registry
 from backchannel.settings import Settings
 from backchannel.stored_keys import bump, put
 from tests.makers import rows
@@ -75,6 +79,8 @@ async def test_the_list_says_who_is_available_and_why_and_shows_no_key(
         "models": ["echo-1"],
         "capabilities": {"structured_output": True, "multimodal": True, "tools": True},
         "prices": {},
+        "limits": {"requests_per_minute": None, "tokens_per_minute": None, "concurrency": None},
+        "held_until": None,
         "needs_key": False,
         "key": None,
         "allow_loopback": False,
@@ -134,6 +140,9 @@ async def test_one_that_is_added_can_be_named_at_once_and_is_modest(
         ({"models": ["a b"]}, "models[0]"),
         ({"capabilities": {"sight": True}}, "capabilities.sight"),
         ({"prices": {"m": {"input": -1, "output": 1}}}, "prices.m.input"),
+        ({"limits": {"concurrency": 0}}, "limits.concurrency"),
+        ({"limits": {"requests_per_minute": "60"}}, "limits.requests_per_minute"),
+        ({"limits": {"rpm": 60}}, "limits.rpm"),
         ({"type": "echo"}, "type"),
         ({"api_key": "sk-x"}, "api_key"),
     ],
@@ -321,3 +330,51 @@ async def test_without_a_worker_nobody_can_be_tried_and_it_says_so(
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_worker")
     assert "backchannel worker" in answer.json()["error"]["message"]
     assert (await client.post(f"/v1/providers/nobody/{what}", json={})).status_code == 404
+
+
+# ---------------------------------------------------------------- limits
+
+
+async def test_limits_are_set_changed_one_by_one_and_taken_away(client: httpx2.AsyncClient) -> None:
+    said = {"requests_per_minute": 60, "concurrency": 2}
+    made = (await client.post("/v1/providers", json=ATTIC | {"limits": said})).json()
+    assert made["limits"] == said | {"tokens_per_minute": None}
+    url = "/v1/providers/attic-ollama"
+    for change in ({"tokens_per_minute": 9_000}, {"concurrency": None}):
+        answer = await client.patch(url, json={"limits": change})
+        assert answer.status_code == 200, answer.text
+    assert (await client.get(url)).json()["limits"] == {
+        "requests_per_minute": 60,
+        "tokens_per_minute": 9_000,
+        "concurrency": None,
+    }
+    answer = await client.patch(url, json={"limits": {"concurrency": 0}})
+    assert answer.json()["error"]["param"] == "limits.concurrency"
+
+
+async def test_a_provider_of_before_there_were_limits_has_none(
+    client: httpx2.AsyncClient, database: Database
+) -> None:
+    await client.post("/v1/providers", json=ATTIC)
+    database.write_now(lambda c: c.execute(text("UPDATE providers SET limits = NULL")))
+    await client.patch("/v1/providers/attic-ollama", json={"default_model": "n"})
+    shown = (await client.get("/v1/providers/attic-ollama")).json()
+    assert set(shown["limits"].values()) == {None}
+
+
+async def test_a_provider_that_is_left_alone_says_until_when(
+    sqlite_url: str, redis_url: str
+) -> None:
+    settings = Settings(database_url=sqlite_url, redis_url=redis_url)
+    async with AsyncExitStack() as stack, connect(redis_url) as redis:
+        calling = await api(stack, settings)
+        openai = build_registry(settings).get("openai")
+        limiter = Limiter(redis, settings.redis_prefix, settings.lease_s)
+        await limiter.hold(Hold(account_of(openai, {}), 60_000))
+        listed = (await calling.get("/v1/providers")).json()["data"]
+        (held,) = [each for each in listed if each["held_until"]]
+        assert held["id"] == "openai"
+        left = datetime.fromisoformat(held["held_until"]) - datetime.now(UTC)
+        assert 30 < left.total_seconds() <= 61
+        await redis.flushall()
+        assert (await calling.get("/v1/providers/openai")).json()["held_until"] is None

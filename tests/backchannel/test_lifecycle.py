@@ -75,6 +75,17 @@ def test_claims_at_once_give_one_attempt(database_url: str) -> None:
         each.close()
 
 
+def test_a_job_that_has_come_to_ask_another_provider_is_left_to_its_own_doorbell(
+    database: Database,
+) -> None:
+    job_id = queued(database, provider="groq")
+    for provider, taken in (("openai", False), ("groq", True)):
+        claim = database.write_now(
+            lambda c, p=provider: lifecycle.claim(c, job_id, "w", LEASE_S, provider=p)  # type: ignore[misc]
+        )
+        assert (claim is not None) == taken
+
+
 @pytest.mark.parametrize("why", ["not due", "past its deadline", "cancelled", "unknown"])
 def test_a_job_is_not_claimed_when_it_is(why: str, database: Database) -> None:
     job_id = queued(database)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from backchannel.errors import InvalidRequest, ProviderKeyMissing, ProviderNotFound
-from backchannel.registry import PROVIDER_ID, Registry, get_registry
+from backchannel.errors import InvalidRequest, ProviderKeyMissing, ProviderNotFound, SetupError
+from backchannel.registry import PROVIDER_ID, Limits, Registry, get_registry
 from backchannel.settings import get_settings
 
 KEYS = {
@@ -114,6 +116,30 @@ def test_a_base_url_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatc
     registry = get_registry()
     assert registry.get("ollama").base_url == "http://gpu:11434/v1"
     assert registry.get("lmstudio").base_url == "http://127.0.0.1:1234/v1"
+
+
+def test_limits_of_built_in_providers_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKCHANNEL_LIMITS", '{"openai": {"requests_per_minute": 500}}')
+    registry = get_registry()
+    assert registry.get("openai").limits == Limits(requests_per_minute=500)
+    assert registry.get("openai").limits
+    assert not registry.get("groq").limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ('{"attic": {"concurrency": 1}}', "BACKCHANNEL_LIMITS names 'attic'"),
+        ('{"openai": {"concurrency": 0}}', "greater than or equal to 1"),
+        ('{"openai": {"rpm": 1}}', "limits.openai.rpm"),
+    ],
+)
+def test_limits_that_mean_nothing_are_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, limits: str, said: str
+) -> None:
+    monkeypatch.setenv("BACKCHANNEL_LIMITS", limits)
+    with pytest.raises((SetupError, ValidationError), match=re.escape(said)):
+        get_registry()
 
 
 def test_a_process_builds_its_registry_once() -> None:

@@ -81,6 +81,13 @@ def test_from_adding_one_to_resetting_all(busy: Stack) -> None:
     calls = {entry["pid"] for entry in busy.calls()}
     assert len(calls) == 2, "the old server and the new one"
 
+    limits = ("--requests-per-minute", "6000", "--concurrency", "9")
+    assert type_.json("providers", "edit", "attic", *limits)["limits"]["concurrency"] == 9
+    type_("providers", "edit", "attic", "--concurrency", "0")
+    shown = type_("providers", "show", "attic")
+    assert "requests_per_minute 6000\n" in shown
+    assert busy.finished(busy.post("attic:ok", "limited")["id"])["attempt"] == 1
+
     type_("providers", "reset", stdin="n\n", code=130)
     assert type_.json("providers", "list")["data"][-1]["id"] == "attic"
     type_("providers", "reset", "--yes")

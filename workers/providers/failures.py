@@ -7,7 +7,9 @@ What the provider says about itself (error code, error type) is believed before 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 import aiohttp
@@ -210,7 +212,7 @@ def refusal(
         code,
         f"{answered}: {text}" if text else answered,
         status=status,
-        retry_after_s=_retry_after_s(headers or {}, said),
+        retry_after_s=_retry_after_s(headers or {}, said, code),
     )
 
 
@@ -258,7 +260,7 @@ def _one_line(text: str) -> str:
     return KEYS.sub("[key]", text)[:MESSAGE_CAP].rstrip(". ")
 
 
-def _retry_after_s(headers: Mapping[str, str], said: Mapping[str, Any]) -> float | None:
+def _retry_after_s(headers: Mapping[str, str], said: Mapping[str, Any], code: str) -> float | None:
     """Seconds the provider wants to be left alone: by header, or by Google's RetryInfo."""
     milliseconds = seconds_of(headers.get("retry-after-ms"))
     if milliseconds is not None:
@@ -269,4 +271,41 @@ def _retry_after_s(headers: Mapping[str, str], said: Mapping[str, Any]) -> float
     for detail in details if isinstance(details, list) else ():
         if isinstance(detail, dict) and "retryDelay" in detail:
             return seconds_of(str(detail["retryDelay"]).removesuffix("s"))
-    return None
+    return _reset_s(headers) if code == "rate_limited" else None
+
+
+# Of OpenAI and Groq, of Anthropic, and of gateways that count one thing only. They come with every
+# answer: only what is used up is waited for.
+RESETS = re.compile(
+    r"x-ratelimit-(reset)-(\w+)|anthropic-ratelimit-([\w-]+)-(reset)|x-ratelimit-(reset)"
+)
+DURATION = re.compile(
+    r"(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m(?!s))?(?:(?P<s>[\d.]+)s)?(?:(?P<ms>[\d.]+)ms)?"
+)
+
+
+def _reset_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds until the last of those limits is reset that are used up."""
+    waits = []
+    for name in headers:
+        if RESETS.fullmatch(name.lower()):
+            left = seconds_of(headers.get(name.lower().replace("reset", "remaining")))
+            if not left and (wait := _until_s(headers[name].strip())) is not None:
+                waits.append(wait)
+    return max(waits, default=None)
+
+
+def _until_s(value: str) -> float | None:
+    """Of ``20ms``, ``6m0s``, ``1.5``, epoch seconds or milliseconds, and RFC 3339's moments."""
+    number = seconds_of(value)
+    if number is not None:
+        if number > 1e11:
+            number /= 1000
+        return max(0.0, number - time.time()) if number > 1e9 else number
+    if value and (found := DURATION.fullmatch(value)):
+        parts = {unit: seconds_of(count) or 0.0 for unit, count in found.groupdict().items()}
+        return parts["h"] * 3600 + parts["m"] * 60 + parts["s"] + parts["ms"] / 1000
+    try:
+        return max(0.0, datetime.fromisoformat(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

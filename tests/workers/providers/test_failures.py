@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from email.utils import formatdate
 from typing import Any
 
@@ -115,6 +116,26 @@ RETRY: list[tuple[dict[str, str], Any, float | None]] = [
     ({}, error(details=[{"@type": "x"}, {"retryDelay": "34s"}]), 34.0),
     ({}, error(details="none"), None),
     ({}, {}, None),
+    ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m1.5s"}, {}, 361.5),
+    ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, {}, 0.02),
+    ({"x-ratelimit-reset-requests": "1h2m", "x-ratelimit-reset-tokens": "5s"}, {}, 3720.0),
+    ({"x-ratelimit-remaining-requests": "7", "x-ratelimit-reset-requests": "1s"}, {}, None),
+    (
+        {
+            "x-ratelimit-remaining-requests": "7",
+            "x-ratelimit-reset-requests": "90s",
+            "x-ratelimit-remaining-tokens": "0",
+            "x-ratelimit-reset-tokens": "2.5s",
+        },
+        {},
+        2.5,
+    ),
+    ({"x-ratelimit-reset": "12"}, {}, 12.0),
+    ({"x-ratelimit-reset": "1445412480000"}, {}, 0.0),
+    ({"x-ratelimit-reset": "soon"}, {}, None),
+    ({"x-ratelimit-reset": ""}, {}, None),
+    ({"anthropic-ratelimit-requests-reset": "2015-10-21T07:28:00Z"}, {}, 0.0),
+    ({"retry-after": "7", "x-ratelimit-reset-requests": "1m0s"}, {}, 7.0),
 ]
 
 
@@ -130,6 +151,28 @@ def test_retry_after_as_a_date() -> None:
     seconds = refusal(OPENAI, {}, status=429, headers=headers).retry_after_s
     assert seconds is not None
     assert 30 < seconds <= 60
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("{seconds:.0f}", "x-ratelimit-reset"),
+        ("{ms:.0f}", "x-ratelimit-reset"),
+        ("{iso}", "anthropic-ratelimit-input-tokens-reset"),
+    ],
+)
+def test_the_moment_of_a_reset(form: str, name: str) -> None:
+    at = time.time() + 60
+    iso = datetime.fromtimestamp(at, UTC).isoformat()
+    headers = {name: form.format(seconds=at, ms=at * 1000, iso=iso)}
+    seconds = refusal(OPENAI, {}, status=429, headers=headers).retry_after_s
+    assert seconds is not None
+    assert 30 < seconds <= 61
+
+
+def test_limits_that_are_told_with_another_refusal_say_nothing_of_it() -> None:
+    headers = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "60s"}
+    assert refusal(OPENAI, {}, status=500, headers=headers).retry_after_s is None
 
 
 def test_a_redirect_names_the_base_url() -> None:
