@@ -41,8 +41,8 @@ def serving_quick(url: str) -> Figures:
     with serving("sqlite", url) as home:
         return (
             memory.run(home)
-            | batch.run(home, 2_000)
-            | first_text.run(home, {1: 10, 50: 1})
+            | batch.run(home, 1_000)
+            | first_text.run(home, {1: 10})
             | readers.run(home, 500)
             | batch.lines(home, 100_000)
         )
@@ -54,7 +54,7 @@ def serving_full(url: str) -> Figures:
         figures = (
             memory.run(home)
             | batch.run(home, 5_000)
-            | first_text.run(home, {1: 20, 50: 2, 200: 1, 1000: 1})
+            | first_text.run(home, {1: 10, 50: 1, 200: 1, 1000: 1})
             | readers.run(home, 2_000)
             | batch.lines(home, 100_000)
         )
@@ -70,9 +70,9 @@ QUICK: dict[str, Part] = {
     "backlog": lambda _: backlog.run(100_000, 3, BOTH[:1]),
 }
 FULL: dict[str, Part] = {
-    "startup": lambda url: startup.run(3, url),
+    "startup": lambda url: startup.run(2, url) | startup.unused_sdks(url),
     "publishing": lambda _: publishing.run(),
-    "posts": lambda url: posts.run(5, 0.7, url, BOTH),
+    "posts": lambda url: posts.run(5, 0.5, url, BOTH),
     "serving": serving_full,
     "backlog": lambda _: backlog.run(100_000, 5, BOTH),
 }
@@ -106,7 +106,7 @@ def main() -> None:
         chosen = arguments.only or ["streams", *parts]
         if "streams" in chosen:
             plans = streams.QUICK if arguments.quick else streams.FULL
-            effort = streams.Effort(1, 0) if arguments.quick else streams.Effort(5, 5)
+            effort = streams.Effort(1, 0) if arguments.quick else streams.Effort(5, 3)
             results.table = streams.run(plans, effort, url)
             keep(arguments.json, results)
         for name, part in parts.items():

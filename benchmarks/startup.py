@@ -11,7 +11,7 @@ import uvloop
 
 from benchmarks.contenders.who import Backchannel
 from benchmarks.figures import median
-from benchmarks.installation import Installation, installation
+from benchmarks.installation import installation
 from benchmarks.processes import ROOT, Child, cores
 from benchmarks.progress import say
 from benchmarks.work import SHORT, Work
@@ -24,7 +24,7 @@ LIBRARIES = "import fastapi, redis.asyncio, sqlmodel, uvicorn"
 
 
 def run(rounds: int, provider: str) -> dict[str, float]:
-    """Seconds until each is ready, and SDKs loaded that nobody used."""
+    """Seconds until each is ready."""
     say("start-up times")
     found: dict[str, list[float]] = {"help": [], "libraries": [], "api": [], "worker": []}
     with installation("sqlite", provider) as home:
@@ -37,25 +37,25 @@ def run(rounds: int, provider: str) -> dict[str, float]:
             child, seconds = home.worker()
             found["worker"].append(seconds)
             child.stop()
-    # a fresh installation: the processes that were killed above have left their mark in the other
+    return {f"startup.{name}_s": median(values) for name, values in found.items()}
+
+
+def unused_sdks(provider: str) -> dict[str, float]:
+    """Provider SDKs that are loaded, and that nobody has used."""
     with installation("sqlite", provider) as home:
-        unused = _unused_sdks(home)
-    return {f"startup.{name}_s": median(values) for name, values in found.items()} | unused
+        api, worker = home.both(spy=True)
+        before = _loaded(api) | _loaded(worker)
+        uvloop.run(Backchannel(home).go(Work(SHORT, 1, 1)))
+        after = _loaded(worker)
+        assert "openai" in after, "the spy sees nothing"
+        unused = before | _loaded(api) | (after - {"openai"})
+    return {"startup.unused_sdks": float(len(unused))}
 
 
 def _seconds(*argv: str) -> float:
     started = time.monotonic()
     subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     return time.monotonic() - started
-
-
-def _unused_sdks(home: Installation) -> dict[str, float]:
-    api, worker = home.both(spy=True)
-    before = _loaded(api) | _loaded(worker)
-    uvloop.run(Backchannel(home).go(Work(SHORT, 1, 1)))
-    after = _loaded(worker)
-    assert "openai" in after, "the spy sees nothing"
-    return {"startup.unused_sdks": float(len(before | _loaded(api) | (after - {"openai"})))}
 
 
 def _loaded(child: Child) -> set[str]:
