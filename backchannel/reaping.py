@@ -27,12 +27,12 @@ class Lapsed(NamedTuple):
     def is_suspect(self, max_crashes: int) -> bool:
         """Whether it seems to be the job that kills workers.
 
-        Not while most of those that died meanwhile died without it: then something else kills
-        them, and an innocent job would be failed for having been there three times. A worker is
+        Not while more than a quarter of those that died meanwhile died without it: then something
+        else kills them, and of thousands of innocent jobs some are there three times. A worker is
         known to be dead a lease after its death, so the verdict waits for one more lease: or of
         many deaths those that clear the job would be missing.
         """
-        suspected = self.crashes >= max_crashes and 2 * self.crashes >= self.deaths
+        suspected = self.crashes >= max_crashes and 4 * self.crashes >= 3 * self.deaths
         return suspected or self.crashes >= PATIENCE * max_crashes
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import random
 import time
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from msgspec.structs import astuple
@@ -29,14 +27,16 @@ from backchannel.lifecycle import Ask, Claim
 from backchannel.limits import Place
 from backchannel.pricing import Tokens, price
 from backchannel.registry import Provider
-from backchannel.settings import Settings
 from backchannel.tables import CANCELLED, EXPIRED, FAILED, INTERACTIVE, SUCCEEDED
 from backchannel.writer import Work
 from workers.answer import Answer
+from workers.backoff import retry_delay_s
 from workers.circuit import Circuit, Passage
 from workers.fallback import first_model, may_pass, next_model
 from workers.process import Process
 from workers.providers import ChatRequest, Finish, adapter_for
+from workers.report import Report, report
+from workers.stops import End, Stop, Stopped, stopped
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -45,27 +45,7 @@ MAX_LAG_S = 0.2  # a loop this late takes no more jobs: overload would become co
 # Jobs that wait in their slots for the last chance, so that one follows the other at once: whoever
 # is turned away is rung for again after 5 s.
 MAX_HOPING = 4
-BACKOFF_BASE_S = 1.0
 MOST_TOKENS = 2**53  # what a provider reports beyond this, or below 0, is not a count
-
-End = Literal["lost", "cancelled", "handed_back", "expired"]
-Late = Literal["stalled", "too_long"]
-Stop = End | Late
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What Celery and Flower are told of an attempt: where it went and what it cost, no content."""
-
-    job_id: str
-    state: str
-    model: str
-    tokens: str = ""
-    cost: str = ""
-
-    def __str__(self) -> str:
-        words = (self.job_id, self.state, self.model, self.tokens, self.cost)
-        return " · ".join(word for word in words if word)
 
 
 async def run(
@@ -78,16 +58,16 @@ async def run(
     """
     way = provider_id, lane
     last = max(process.settings.max_crashes - 1, 1)
-    report, claimed = await _attempt(process, job_id, way, crashes_below=last)
+    done, claimed = await _attempt(process, job_id, way, crashes_below=last)
     if not claimed and process.hoping < MAX_HOPING:
         process.hoping += 1
         try:
             async with process.last_chance:
                 most = lifecycle.PATIENCE * (last + 1)
-                report, _ = await _attempt(process, job_id, way, crashes_below=most)
+                done, _ = await _attempt(process, job_id, way, crashes_below=most)
         finally:
             process.hoping -= 1
-    return report
+    return done
 
 
 async def _attempt(
@@ -212,8 +192,8 @@ class Run:
             if (ask := next_model(self.claim, error)) is not None:
                 return await self._fall_back(error, ask)
             return await self._finish(FAILED, error_code=error.code, error_message=error.message)
-        except _Stopped as stopped:
-            return await self._after_stop(stopped.reason)
+        except Stopped as end:
+            return await self._after_stop(end.reason)
         except Exception as error:
             # a defect of ours: the job ends with it rather than loop, the log has where, not what
             log.exception("A job failed by a defect of this software.", job=claim.job_id)
@@ -243,7 +223,7 @@ class Run:
                 except asyncio.CancelledError:
                     if self._stop is None:
                         raise
-                    raise _stopped(self._stop) from None
+                    raise stopped(self._stop) from None
                 finally:
                     self._calling = None
 
@@ -261,10 +241,10 @@ class Run:
 
     async def _put_on_record(self) -> None:
         if self._stop is not None:
-            raise _stopped(self._stop)
+            raise stopped(self._stop)
         self._fault("call.before_mark")
         if not await self.process.persist(lambda c: lifecycle.mark_call(c, self.claim)):
-            raise _Stopped("lost")
+            raise Stopped("lost")
         self._fault("call.marked")
         self.called = True
         if self.place is not None:
@@ -337,7 +317,7 @@ class Run:
                 ask=ask,
             )
         )
-        return self._report(f"retrying after {error.code}", spent) if kept else None
+        return report(self.claim, f"retrying after {error.code}", spent) if kept else None
 
     async def _say_retrying(self, error: BackchannelError, delay_s: float) -> None:
         assert self.stream is not None
@@ -363,7 +343,7 @@ class Run:
         if bell is None:
             return None
         await self.process.ring(bell)
-        return self._report(f"falling back after {error.code}", spent)
+        return report(self.claim, f"falling back after {error.code}", spent)
 
     async def _may_begin_again(self, error: ProviderError) -> bool:
         """Whether the job, of whose models none has answered, goes on with its first one.
@@ -385,7 +365,7 @@ class Run:
             case "lost" | "handed_back":
                 spent = self._spent(complete=False)
                 back = await self._write(lambda c: lifecycle.hand_back(c, self.claim, spent))
-                return self._report("handed back", spent) if back else None
+                return report(self.claim, "handed back", spent) if back else None
             case "cancelled":
                 return await self._finish(CANCELLED)
             case "expired":
@@ -439,7 +419,7 @@ class Run:
         self._fault("finish.committed")
         self.stream.end(closed)
         await self.process.ring(finished.next)
-        return self._report(state, spent)
+        return report(self.claim, state, spent)
 
     async def _write(self, work: Work[T]) -> T | None:
         """Write what ends the attempt; a database that stays away leaves it to the reaper."""
@@ -481,51 +461,3 @@ class Run:
         )
         cost = price(self.provider, self.claim.model, tokens)
         return books.Spent("final" if complete else "partial", tokens, cost.nanousd, cost.date)
-
-    def _report(self, state: str, spent: books.Spent | None) -> Report:
-        model = f"{self.claim.provider}:{self.claim.model}"
-        if spent is None or spent.tokens is None:
-            return Report(self.claim.job_id, state, model)
-        cost = "price unknown" if spent.cost_nanousd is None else f"${spent.cost_nanousd / 1e9:.6f}"
-        tokens = f"{spent.tokens.input}+{spent.tokens.output} tokens"
-        return Report(self.claim.job_id, state, model, tokens, cost)
-
-
-class _Stopped(Exception):
-    """The attempt was ended by `Run.stop`, and its provider is not to blame."""
-
-    def __init__(self, reason: End) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-def _stopped(reason: Stop) -> Exception:
-    """What ended a call: a provider that took too long is its error, the rest is our own doing."""
-    match reason:
-        case "stalled":
-            return ProviderError("No content within the deadline.", code="stalled")
-        case "too_long":
-            return ProviderError("No end within the deadline.", code="stalled")
-        case _:
-            return _Stopped(reason)
-
-
-def retry_delay_s(
-    error: ProviderError, claim: Claim, settings: Settings, left_s: float
-) -> float | None:
-    """How long to wait before the next attempt; None: no next attempt.
-
-    Full jitter up to a ceiling, as in "Exponential Backoff And Jitter" (Brooker, AWS, 2015); never
-    under the provider's Retry-After, never past the job's deadline.
-    """
-    policy = error.policy
-    if not policy.retryable:
-        return None
-    if error.code == "circuit_open":
-        return error.retry_after_s  # nothing failed: also past the deadline, where the job expires
-    if policy.burns_attempt and claim.retries >= settings.max_retries:
-        return None
-    steps = claim.retries if policy.burns_attempt else claim.attempt - 1
-    ceiling = min(settings.backoff_max_s, BACKOFF_BASE_S * 2 ** min(steps, 16))
-    delay = max(random.uniform(0, ceiling), error.retry_after_s or 0)
-    return delay if delay < left_s else None

@@ -35,7 +35,8 @@ from workers.clients import ClientCache
 from workers.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from workers.engine import Run, Stop
+    from workers.engine import Run
+    from workers.stops import Stop
 
 T = TypeVar("T")
 

@@ -17,6 +17,7 @@ from backchannel.tables import INTERACTIVE
 from tests.fake_provider import FakeProvider
 from workers import engine
 from workers.process import Process
+from workers.report import Report
 
 FAST = {
     "LEASE_S": "2",
@@ -107,7 +108,7 @@ class Bench:
         }
         return self.database.write_now(lambda c: accept.accept(c, NewJob(**whole))).job_id
 
-    def start(self, process: Process, job_id: str) -> Future[engine.Report | None]:
+    def start(self, process: Process, job_id: str) -> Future[Report | None]:
         """One doorbell's coroutine on a process's loop."""
         return process.submit(engine.run(process, job_id))
 

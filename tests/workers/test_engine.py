@@ -18,8 +18,10 @@ from backchannel.lifecycle import Claim
 from backchannel.settings import Settings
 from tests import makers
 from tests.workers.conftest import Bench
-from workers.engine import MAX_HOPING, Report, retry_delay_s
+from workers.backoff import retry_delay_s
+from workers.engine import MAX_HOPING
 from workers.process import Process
+from workers.report import Report
 
 WAIT_S = 20
 

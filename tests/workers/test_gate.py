@@ -21,8 +21,8 @@ from tests.fake_provider import FakeProvider
 from tests.workers.conftest import Bench
 from tests.workers.test_engine import calls, until
 from workers import engine
-from workers.engine import Report
 from workers.process import Process
+from workers.report import Report
 
 WAIT_S = 20
 

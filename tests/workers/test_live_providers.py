@@ -20,8 +20,8 @@ from backchannel.settings import Settings, get_settings
 from tests.fake_provider import FakeProvider
 from tests.workers.conftest import Bench
 from workers import errands
-from workers.engine import Report
 from workers.process import Process
+from workers.report import Report
 
 WAIT_S = 20
 FIRST, SECOND = "sk-first-0123456789", "sk-second-0123456789"
