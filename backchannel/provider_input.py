@@ -7,10 +7,17 @@ import unicodedata
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+)
 
 from backchannel.registry import Capabilities
-from backchannel.schemas import Name, NullsAreNotGiven
+from backchannel.schemas import Name, NullsAreNotGiven, whole
 
 MAX_MODELS = 1_000
 # Of a provider that says nothing about itself: refused at accept is cheaper than at the provider.
@@ -67,7 +74,7 @@ class SaidCapabilities(_Said):
     tools: bool = MODEST.tools
 
 
-Limit = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Limit = Annotated[int, Field(ge=1, le=1_000_000_000), BeforeValidator(whole)]
 
 
 class SaidLimits(_Said):

