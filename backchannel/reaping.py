@@ -27,13 +27,13 @@ class Lapsed(NamedTuple):
     def is_suspect(self, max_crashes: int) -> bool:
         """Whether it seems to be the job that kills workers.
 
-        Not while more than a quarter of those that died meanwhile died without it: then something
-        else kills them, and of thousands of innocent jobs some are there three times. A worker is
+        Each worker that died meanwhile without it asks for two more crashes: something else kills
+        workers then, and of thousands of innocent jobs some are there three times. A worker is
         known to be dead a lease after its death, so the verdict waits for one more lease: or of
         many deaths those that clear the job would be missing.
         """
-        suspected = self.crashes >= max_crashes and 4 * self.crashes >= 3 * self.deaths
-        return suspected or self.crashes >= PATIENCE * max_crashes
+        without = max(self.deaths - self.crashes, 0)
+        return self.crashes >= min(max_crashes + 2 * without, PATIENCE * max_crashes)
 
 
 # Who died before its provider call was on record was hardly killed by the job: a worker that has

@@ -75,7 +75,9 @@ def test_crashes_before_the_call_count_once_there_are_too_many(database: Databas
     assert found == [0] * (reaping.MOST_UNCALLED - 1) + [1, 2, 3]
 
 
-def test_a_job_is_no_poison_while_many_workers_die_without_it(database: Database) -> None:
+def test_a_job_needs_two_more_crashes_for_each_worker_that_died_without_it(
+    database: Database,
+) -> None:
     job_id = queued(database)
     calling(database, job_id, "worker-0")
     lapse(database, job_id)
@@ -91,11 +93,13 @@ def test_a_job_is_no_poison_while_many_workers_die_without_it(database: Database
         database.write_now(lambda c: c.execute(workers.update().values(seen_ms=seen)))
         return database.read_now(lambda c: reaping.lapsed(c, lease_s=0))[0]
 
-    few, many = found(0, 4), found(4, 5)
-    assert (few.crashes, few.deaths, few.is_suspect(3)) == (3, 4, True)
-    assert (many.crashes, many.deaths, many.is_suspect(3)) == (3, 5, False)
+    all_with, one_without = found(0, 3), found(3, 4)
+    assert (all_with.crashes, all_with.deaths, all_with.is_suspect(3)) == (3, 3, True)
+    assert (one_without.crashes, one_without.deaths, one_without.is_suspect(3)) == (3, 4, False)
+    assert not one_without._replace(crashes=4, deaths=5).is_suspect(3)
+    assert one_without._replace(crashes=5, deaths=6).is_suspect(3)
     # but it cannot loop
-    assert many._replace(crashes=9).is_suspect(3)
+    assert one_without._replace(crashes=9, deaths=90).is_suspect(3)
 
 
 def test_a_job_that_takes_its_workers_with_it_fails_as_poison(database: Database) -> None:
