@@ -7,6 +7,10 @@ UV := .bootstrap/bin/uv
 PACKAGES := api workers backchannel
 LOCKS := requirements.txt requirements-dev.txt requirements-bench.txt requirements-bootstrap.txt
 
+# Bytecode is kept, whatever the shell says: to compile our own sources takes a process as long as
+# all the rest of its start, and the tests start hundreds.
+export PYTHONDONTWRITEBYTECODE :=
+
 # The project itself goes in second, without network: hash mode refuses `-e .`.
 define sync
 $(UV) pip sync --quiet --require-hashes --compile-bytecode --python .venv $(1)
