@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +20,7 @@ PATIENCE_S = 60.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
+@cache  # as it was before this process bound itself to one of them
 def cores() -> tuple[int, int]:
     """The core of provider and driver, and the core of what is measured."""
     allowed = sorted(os.sched_getaffinity(0))

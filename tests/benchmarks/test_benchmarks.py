@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,7 +17,7 @@ from benchmarks.ceiling import provider
 from benchmarks.contenders.script import decode, encode
 from benchmarks.contenders.who import FLOOR, ON_SQLITE, SDK_LOOP
 from benchmarks.figures import Cell, Round, median, percentile
-from benchmarks.processes import cpu_s, tree
+from benchmarks.processes import ROOT, cpu_s, tree
 from benchmarks.streams import Effort, Plan, run
 from benchmarks.targets import TARGETS, Results
 from benchmarks.work import AT_ONCE, Pace, Work, pace_of, realistic, stamp, unstamp
@@ -94,6 +96,15 @@ def test_one_tiny_round_for_real(provider_url: str) -> None:
     assert (only.jobs, only.tokens) == (4, 20)
     assert len(only.delays_ms) == 4
     assert 0 < only.cpu_s["worker"] < 5
+
+
+def test_the_cores_stay_two_when_the_driver_has_bound_itself_to_one() -> None:
+    code = (
+        "import os; from benchmarks.processes import cores, pin; two = cores(); "
+        "pin([os.getpid()], two[0]); assert cores() == two, cores(); "
+        "assert os.sched_getaffinity(0) == {two[0]}"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_cpu_time_of_a_process_grows_with_its_work() -> None:
