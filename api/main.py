@@ -44,6 +44,7 @@ from api.openapi import document
 from backchannel import __version__, keys
 from backchannel.db import create, migrate
 from backchannel.errors import BackchannelError, InvalidRequest, NotFound, SetupError
+from backchannel.garbage import settle
 from backchannel.schemas import CreateJob
 from backchannel.settings import Settings, get_settings
 from backchannel.strict_json import not_valid, place_of
@@ -207,7 +208,9 @@ def serve(host: str = LOOPBACK, port: int = 8000) -> None:
                 "'local'. To change that, type: backchannel callers add NAME",
                 host=host,
             )
-        make_server(settings, host).run(sockets=[listening])
+        server = make_server(settings, host)
+        settle()
+        server.run(sockets=[listening])
 
 
 def who_may(settings: Settings, host: str) -> tuple[bool, bool]:

@@ -18,6 +18,7 @@ import httpx2
 
 from backchannel.egress import AllowedHosts, guarded_connector
 from backchannel.errors import ProviderKeyMissing
+from backchannel.garbage import settle
 from backchannel.registry import Provider
 from backchannel.settings import Settings
 from workers.circuit import Circuit
@@ -47,6 +48,7 @@ SDK_MODULES = {
 def _import(modules: tuple[str, ...]) -> None:
     for module in modules:
         importlib.import_module(module)
+    settle()
 
 
 class _Key(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 from typing import Any
@@ -12,6 +11,7 @@ from celery.signals import worker_ready
 from celery.worker import WorkController
 
 from backchannel.db import migrate
+from backchannel.garbage import settle
 from backchannel.logs import configure
 from backchannel.settings import get_settings
 from backchannel.tables import LANES
@@ -35,9 +35,7 @@ def run(jobs_in_flight: int | None = None) -> int:
     def _ready(**_: object) -> None:
         pool: Any = worker.pool
         pool.take_signals()
-        # what lives now lives for ever: the collector need not look at it again
-        gc.collect()
-        gc.freeze()
+        settle()
         log.info("The worker is ready.", pid=os.getpid(), jobs_in_flight=slots, lanes=LANES)
 
     worker: WorkController = app.Worker(
