@@ -36,6 +36,7 @@ from backchannel.tables import (
     jobs,
     requests,
     sessions,
+    state_is,
     turns,
 )
 
@@ -147,7 +148,7 @@ _before = jobs.alias("before")
 _unfinished = and_(
     _before.c.session_id == bindparam("session"),
     _before.c.session_seq < bindparam("seq"),
-    _before.c.state.in_([QUEUED, RUNNING]),
+    state_is(QUEUED, RUNNING, of=_before),
 )
 _TURN_HAS_COME = ~exists().where(_unfinished)
 _UNFINISHED = select(_before.c.id).where(_unfinished).limit(1)

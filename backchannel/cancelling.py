@@ -10,7 +10,7 @@ from backchannel.books import Outcome
 from backchannel.closing import close_queued, unfinished_in_batch
 from backchannel.db import NOW
 from backchannel.events import END, encode, end_fields, pack_log
-from backchannel.tables import CANCELLED, QUEUED, RUNNING, jobs
+from backchannel.tables import CANCELLED, QUEUED, RUNNING, jobs, state_is
 
 
 class Cancelling(NamedTuple):
@@ -26,7 +26,7 @@ _REQUEST_CANCEL = (
     .where(
         jobs.c.id == bindparam("job"),
         jobs.c.caller == bindparam("who"),
-        jobs.c.state.in_([QUEUED, RUNNING]),
+        state_is(QUEUED, RUNNING),
     )
     .values(cancel_ms=case((jobs.c.cancel_ms.is_(None), NOW), else_=jobs.c.cancel_ms))
     .returning(jobs.c.state, jobs.c.attempt, NOW - jobs.c.created_ms)
@@ -44,7 +44,7 @@ _INTERRUPT = (
     .where(
         jobs.c.session_id == bindparam("session"),
         jobs.c.session_seq < bindparam("seq"),
-        jobs.c.state.in_([QUEUED, RUNNING]),
+        state_is(QUEUED, RUNNING),
         jobs.c.cancel_ms.is_(None),
     )
     .values(cancel_ms=NOW, interrupted_by=bindparam("by_job"))

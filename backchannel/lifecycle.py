@@ -66,7 +66,7 @@ _earlier = jobs.alias("earlier")
 turn_has_come: ColumnElement[bool] = jobs.c.session_id.is_(None) | ~exists().where(
     _earlier.c.session_id == jobs.c.session_id,
     _earlier.c.session_seq < jobs.c.session_seq,
-    _earlier.c.state.in_([QUEUED, RUNNING]),
+    state_is(QUEUED, RUNNING, of=_earlier),
 )
 
 # ---------------------------------------------------------------- claim, heartbeat, call mark

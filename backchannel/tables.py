@@ -13,6 +13,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     ColumnElement,
+    FromClause,
     Index,
     LargeBinary,
     Table,
@@ -583,7 +584,9 @@ versions: Table = Version.__table__  # type: ignore[attr-defined]
 workers: Table = Worker.__table__  # type: ignore[attr-defined]
 
 
-def state_is(state: str) -> ColumnElement[bool]:
-    """A condition with the state written out: for a parameter no partial index can be prepared."""
-    # a column of that text: `literal_execute` would write the statement anew at every execution
-    return jobs.c.state == literal_column(f"'{state}'")
+def state_is(*states: str, of: FromClause = jobs) -> ColumnElement[bool]:
+    """A condition with the states written out: for a parameter no partial index can be prepared."""
+    # columns of that text: `literal_execute`, or an IN over values, would write the statement anew
+    # at every execution
+    written: list[ColumnElement[str]] = [literal_column(f"'{state}'") for state in states]
+    return of.c.state.in_(written) if len(written) > 1 else of.c.state == written[0]
