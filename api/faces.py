@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol
 
@@ -199,8 +199,8 @@ def stream(
         for frame in first or ():
             yield frame
         async with contextlib.aclosing(_told(its, job_id)) as said:
-            async for each in said:
-                for frame in translator.take(each):
+            async for some in said:
+                if frame := b"".join(_frames(translator, some)):
                     yield frame
                 if translator.over:
                     return
@@ -217,7 +217,14 @@ def stream(
     )
 
 
-async def _told(its: Resources, job_id: str) -> AsyncGenerator[Event | BackchannelError]:
+def _frames(translator: Translator, said: Sequence[Event | BackchannelError]) -> Iterator[bytes]:
+    for each in said:
+        yield from translator.take(each)
+        if translator.over:
+            return
+
+
+async def _told(its: Resources, job_id: str) -> AsyncGenerator[Sequence[Event | BackchannelError]]:
     """The events; an error instead of the rest when this process stops before the end.
 
     To the SDKs a stream that just ends is a success.
@@ -230,21 +237,20 @@ async def _told(its: Resources, job_id: str) -> AsyncGenerator[Event | Backchann
             try:
                 await asyncio.wait({step, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 if not step.done():
-                    yield _unfinished(job_id)
+                    yield [_unfinished(job_id)]
                     return
             finally:
                 await end(step)
-            event = step.result()
-            if event is None:
+            if not (some := step.result()):
                 return
-            yield event
+            yield some
     finally:
         await end(stopping)
         await following.aclose()  # type: ignore[attr-defined]
 
 
-async def _next(events: AsyncIterator[Event]) -> Event | None:
-    return await anext(events, None)
+async def _next(following: AsyncIterator[list[Event]]) -> list[Event]:
+    return await anext(following, [])
 
 
 # ---------------------------------------------------------------- delete

@@ -23,6 +23,7 @@ from backchannel.background import end
 from backchannel.choice import Choice, choose
 from backchannel.errors import Conflict, NotFound, Unavailable
 from backchannel.events import END, Event, decode, unpack_log
+from backchannel.pubsub import RollCall
 from backchannel.registry import Registry
 from backchannel.schemas import JOB, CreateJob, Job, JobList, Moment, job_of
 from backchannel.tables import QUEUED, TERMINAL, jobs, requests, results
@@ -274,16 +275,12 @@ async def until_finished(
 
 async def _finished(its: Resources, job_id: str) -> None:
     async with its.listener.subscribed(bus.keys_of(its.prefix, job_id).stream) as queue:
+        roll_call = RollCall(queue)
         while (
             await its.db.read(lambda c: c.execute(_STATE, {"job": job_id}).scalar()) not in TERMINAL
         ):
-            said: bytes | None = b""
-            while said is not None and not _ends(said):
-                try:
-                    async with asyncio.timeout(bus.ROLL_CALL_S):
-                        said = await queue.get()
-                except TimeoutError:
-                    said = None  # Redis may be away: look at the row
+            while (said := await roll_call.heard()) and not any(map(_ends, said)):
+                pass
 
 
 def _ends(message: bytes) -> bool:
@@ -329,12 +326,15 @@ async def stream_events(
 
 
 async def _frames(its: Resources, job_id: str, after: int) -> AsyncIterator[bytes]:
-    async for event in follow(its, job_id, after):
-        yield b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.type.encode(), event.data)
+    async for events in follow(its, job_id, after):
+        yield b"".join(
+            b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.type.encode(), event.data)
+            for event in events
+        )
 
 
-def follow(its: Resources, job_id: str, after: int = -1) -> AsyncIterator[Event]:
-    """A job's events numbered above `after`, past and live, up to its end."""
+def follow(its: Resources, job_id: str, after: int = -1) -> AsyncIterator[list[Event]]:
+    """A job's events numbered above `after`, past and live, up to its end; see `bus.follow`."""
 
     async def stored(job_id: str) -> list[Event] | None:
         return await stored_log(its, job_id)

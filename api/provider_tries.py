@@ -111,8 +111,9 @@ async def _what_happens(
 
 
 async def _told(its: Resources, job_id: str) -> Any:
-    async for event in follow(its, job_id):
-        yield events.fields(event)
+    async for some in follow(its, job_id):
+        for event in some:
+            yield events.fields(event)
 
 
 def _ended(end: dict[str, Any], model: str, began: float) -> tuple[str | None, str]:

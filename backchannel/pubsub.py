@@ -21,6 +21,11 @@ log = structlog.get_logger()
 # A connection that answers no ping for this long is half open: keep-alive would take minutes.
 SILENCE_S = 15.0
 
+# A reader that hears nothing looks at the row: this soon, and then ever more rarely. An end that
+# was never published is missed right after something was said; a silent crowd must cost little.
+ROLL_CALL_S = 2.0
+MOST_ROLL_CALL_S = 15.0
+
 OUTAGE = (RedisError, OSError, asyncio.TimeoutError)
 
 
@@ -38,6 +43,28 @@ def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
         health_check_interval=0,
     )
     return client
+
+
+class RollCall:
+    """Waits for the messages of a subscribed channel, and looks up when there are none."""
+
+    def __init__(self, queue: asyncio.Queue[bytes | None]) -> None:
+        self._queue = queue
+        self._patience_s = ROLL_CALL_S
+
+    async def heard(self) -> list[bytes]:
+        """All messages there are by now; an empty list: some may be missing, look at the row."""
+        try:
+            async with asyncio.timeout(self._patience_s):
+                message = await self._queue.get()
+        except TimeoutError:
+            self._patience_s = min(2 * self._patience_s, MOST_ROLL_CALL_S)
+            return []
+        self._patience_s = ROLL_CALL_S
+        messages = [message]
+        while not self._queue.empty():
+            messages.append(self._queue.get_nowait())
+        return [] if None in messages else [each for each in messages if each is not None]
 
 
 class _Channel:

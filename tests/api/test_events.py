@@ -17,8 +17,8 @@ from redis.asyncio import Redis
 
 import api.jobs
 from backchannel import reaping
-from backchannel.bus import ROLL_CALL_S
 from backchannel.db import Database
+from backchannel.pubsub import ROLL_CALL_S
 from backchannel.settings import Settings
 from backchannel.tables import FAILED
 from tests import makers

@@ -13,10 +13,10 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from backchannel import bus, events
-from backchannel.bus import Publisher, Stream, close_log, follow, publish_closed, read_log
+from backchannel import events
+from backchannel.bus import TOGETHER, Publisher, Stream, close_log, follow, publish_closed, read_log
 from backchannel.events import Event
-from backchannel.pubsub import Listener, connect
+from backchannel.pubsub import ROLL_CALL_S, Listener, connect
 from tests.servers import valkey
 
 PREFIX = "t:"
@@ -222,10 +222,9 @@ async def test_a_thousand_random_disconnects_leave_no_gap_and_no_double(
         while not got or got[-1].type != "end":
             last = got[-1].seq if got else -1
             reader = follow(redis, PREFIX, listener, nothing_stored, JOB, last)
-            async for event in reader:
-                got.append(event)
-                if len(got) % patience == 0:
-                    break
+            async for some in reader:
+                got += some[:patience]  # the rest is lost with the connection
+                break
             await reader.aclose()  # type: ignore[attr-defined]
         return got
 
@@ -242,12 +241,52 @@ async def test_a_slow_reader_loses_its_queue_not_an_event(
     stream.add("started", attempt=1)
     await publisher.flush()
     reader = follow(redis, PREFIX, listener, nothing_stored, JOB)
-    got = [await anext(reader)]
+    got = await anext(reader)
     for number in range(1500):  # more messages than its queue holds
         say(stream, str(number))
         await publisher.flush()
     stream.end(stream.closing({"state": "succeeded"}))
-    got += [event async for event in reader]
+    got += await _all(reader)
+    assert got == stream.log
+
+
+async def test_what_is_there_together_comes_together_and_not_all_at_once(
+    publisher: Publisher, redis: Redis, listener: Listener
+) -> None:
+    stream = await publisher.open(JOB, 1, 0)
+    reader = follow(redis, PREFIX, listener, nothing_stored, JOB)
+    for number in range(3 * TOGETHER):
+        say(stream, str(number))
+    await publisher.flush()
+    past = [await anext(reader) for _ in range(3)]
+    assert [len(some) for some in past] == [TOGETHER] * 3
+    for word in "abc":  # three messages
+        say(stream, word)
+        await publisher.flush()
+    await asyncio.sleep(0.2)
+    assert texts(await anext(reader)) == ["a", "b", "c"]
+    await reader.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_gap_between_two_messages_that_came_together_is_filled(
+    publisher: Publisher, redis: Redis, listener: Listener
+) -> None:
+    stream = await publisher.open(JOB, 1, 0)
+    stream.add("started", attempt=1)
+    await publisher.flush()
+    reader = follow(redis, PREFIX, listener, nothing_stored, JOB)
+    got = await anext(reader)
+    for word in "abc":
+        say(stream, word)
+        await publisher.flush()
+    await asyncio.sleep(0.2)
+    (channel,) = [each for each in listener._channels.values() if each.queues]
+    (queue,) = channel.queues
+    heard = [queue.get_nowait() for _ in range(3)]
+    queue.put_nowait(heard[0])
+    queue.put_nowait(heard[2])
+    got += await asyncio.wait_for(anext(reader), timeout=10)
+    await reader.aclose()  # type: ignore[attr-defined]
     assert got == stream.log
 
 
@@ -263,7 +302,7 @@ async def test_the_stored_log_ends_a_stream_that_redis_never_ended(
     reader = asyncio.create_task(_all(follow(redis, PREFIX, listener, stored, JOB)))
     await asyncio.sleep(0.1)
     finished = True
-    assert await asyncio.wait_for(reader, timeout=bus.ROLL_CALL_S * 5) == log
+    assert await asyncio.wait_for(reader, timeout=ROLL_CALL_S * 5) == log
 
 
 async def test_readers_and_writers_outlive_a_redis_that_dies_and_comes_back_empty() -> None:
@@ -312,7 +351,7 @@ async def test_an_end_that_no_worker_writes_continues_the_numbers_and_fences(
 
 
 async def _all(reader: Any) -> list[Event]:
-    return [event async for event in reader]
+    return [event async for some in reader for event in some]
 
 
 # ---------------------------------------------------------------- defects
@@ -346,6 +385,5 @@ async def test_a_defect_in_one_flush_does_not_end_the_flusher(
     await asyncio.sleep(0.2)
     monkeypatch.undo()
     async with asyncio.timeout(10):
-        async for event in follow(redis, PREFIX, listener, nothing_stored, JOB):
-            assert event.type == "started"
-            break
+        reader = follow(redis, PREFIX, listener, nothing_stored, JOB)
+        assert [event.type for event in await anext(reader)] == ["started"]

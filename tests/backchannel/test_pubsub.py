@@ -1,0 +1,47 @@
+"""What a reader of a channel hears, and when it looks up."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from backchannel import pubsub
+from backchannel.pubsub import RollCall
+
+
+async def test_messages_that_wait_are_heard_at_once_and_in_order() -> None:
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+    for message in (b"a", b"b", b"c"):
+        queue.put_nowait(message)
+    assert await RollCall(queue).heard() == [b"a", b"b", b"c"]
+
+
+async def test_what_may_have_been_missed_calls_the_roll_whatever_came_with_it() -> None:
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+    for message in (b"a", None, b"c"):
+        queue.put_nowait(message)
+    assert await RollCall(queue).heard() == []
+    assert queue.empty()
+
+
+async def test_the_roll_of_a_silent_channel_is_called_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pubsub, "ROLL_CALL_S", 0.1)
+    monkeypatch.setattr(pubsub, "MOST_ROLL_CALL_S", 0.4)
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+    roll_call = RollCall(queue)
+
+    async def silence_s() -> float:
+        began = asyncio.get_running_loop().time()
+        assert await roll_call.heard() == []
+        return asyncio.get_running_loop().time() - began
+
+    waited = [await silence_s() for _ in range(4)]
+    assert all(took >= due for took, due in zip(waited, (0.1, 0.2, 0.4, 0.4), strict=True)), waited
+    assert sum(waited) < 5, "at most so rarely"
+    queue.put_nowait(b"a")
+    assert await roll_call.heard() == [b"a"]
+    assert await silence_s() < 2
+    assert queue.empty()
