@@ -87,11 +87,12 @@ def _multiply(connection: Connection, copies: int) -> None:
 
 
 def _copy(connection: Connection, table: Table, key: str, copy: int) -> None:
+    # behind all others, in the index as in the table: as what is accepted later
+    later = literal(f"z{copy:03}", String)
     columns: list[Any] = [
-        (column + literal(f"~{copy}", String)).label(key) if column.name == key else column
-        for column in table.columns
+        (later + column).label(key) if column.name == key else column for column in table.columns
     ]
-    originals = select(*columns).where(~table.c[key].contains("~"))
+    originals = select(*columns).where(table.c[key].startswith("job_"))
     connection.execute(insert(table).from_select([c.name for c in table.columns], originals))
 
 
