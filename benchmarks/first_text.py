@@ -15,7 +15,7 @@ from benchmarks.client import Driver, driver
 from benchmarks.figures import percentile
 from benchmarks.installation import Installation
 from benchmarks.progress import say
-from benchmarks.work import REALISTIC, UNHURRIED, WARM_UP, Pace, starting_s, unstamp
+from benchmarks.work import READ, REALISTIC, WARM_UP, Pace, starting_s, unstamp
 
 ONE_BY_ONE = Pace(4, first_ms=100, each_ms=20)
 
@@ -36,8 +36,8 @@ async def _waves(url: str, streams: int, waves: int) -> list[float]:
         await asyncio.gather(*[_added_ms(api, WARM_UP.pace) for _ in range(10)])
         if streams == 1:
             return [await _added_ms(api, ONE_BY_ONE) for _ in range(waves)]
-        # 50,000 tokens a second are more than a core can take
-        pace, over_s = (UNHURRIED, 10.0) if streams >= 1000 else (REALISTIC, starting_s(streams))
+        crowd = streams > 50
+        pace, over_s = (READ, streams / 100) if crowd else (REALISTIC, starting_s(streams))
         added: list[float] = []
         for _ in range(waves):
             added += await asyncio.gather(

@@ -87,6 +87,9 @@ REALISTIC = Pace(128, first_ms=100, each_ms=20)
 # A thousand of the above are 50,000 tokens a second, more than the floor can take on one core. At
 # this pace, a large model's, they are 10,000: what a first token waits for then is not the others.
 UNHURRIED = Pace(128, first_ms=100, each_ms=100)
+# Where each token is read on its own SSE stream too, and the API that sends them shares a core with
+# broker, provider and driver: 2,500 a second for a thousand readers.
+READ = Pace(32, first_ms=100, each_ms=400)
 AT_ONCE = Pace(128)
 SHORT = Pace(1)
 WARM_UP = Work(Pace(1, first_ms=200), 50, 50)  # long enough that each process of a pool gets one

@@ -14,9 +14,10 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from backchannel import events
-from backchannel.bus import TOGETHER, Publisher, Stream, close_log, follow, publish_closed, read_log
+from backchannel.bus import Publisher, Stream, close_log, publish_closed, read_log
 from backchannel.events import Event
 from backchannel.pubsub import ROLL_CALL_S, Listener, connect
+from backchannel.readers import TOGETHER, follow
 from tests.servers import valkey
 
 PREFIX = "t:"
