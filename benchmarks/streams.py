@@ -43,7 +43,7 @@ FULL = (
     Plan(realistic(50), tuple(name for name in ALL if name != ON_POSTGRES)),
     Plan(realistic(200), SHORTLIST),
     Plan(realistic(1000), SHORTLIST),
-    Plan(unhurried(1000), SHORTLIST, rounds=1),
+    Plan(unhurried(1000), SHORTLIST, rounds=2),
     Plan(realistic(50, "anthropic"), (FLOOR, ON_SQLITE)),
     Plan(Work(AT_ONCE, 200, 200), SHORTLIST),
     Plan(Work(SHORT, 500, 50), ALL),

@@ -50,10 +50,12 @@ class Receiver:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 headers = {name.lower(): value for name, value in self.headers.items()}
+                # as it is told now: whoever has seen the message may tell it something else
+                status, own = receiver.status, receiver.headers
                 receiver.messages.append(Message(headers, body))
                 time.sleep(receiver.pause_s)
-                self.send_response(receiver.status)
-                for name, value in receiver.headers.items():
+                self.send_response(status)
+                for name, value in own.items():
                     self.send_header(name, value)
                 self.send_header("content-length", "0")
                 self.end_headers()
