@@ -17,7 +17,7 @@ from api.cancelling import cancel, cancelled
 from api.deps import Caller, IdempotencyKey, Resources, Shared, StrictRoute
 from api.pages import behind, following
 from api.requests import checked, request_hash
-from backchannel import bus, readers
+from backchannel import bus
 from backchannel.accept import Accepted, NewJob, accept, accept_many
 from backchannel.background import end
 from backchannel.choice import Choice, choose
@@ -334,12 +334,12 @@ async def _frames(its: Resources, job_id: str, after: int) -> AsyncIterator[byte
 
 
 def follow(its: Resources, job_id: str, after: int = -1) -> AsyncIterator[list[Event]]:
-    """A job's events numbered above `after`, past and live, up to its end; see `readers.follow`."""
+    """A job's events numbered above `after`, past and live, up to its end; see `bus.follow`."""
 
     async def stored(job_id: str) -> list[Event] | None:
         return await stored_log(its, job_id)
 
-    return readers.follow(its.redis, its.prefix, its.listener, stored, job_id, after)
+    return bus.follow(its.redis, its.prefix, its.listener, stored, job_id, after)
 
 
 async def stored_log(its: Resources, job_id: str) -> list[Event] | None:

@@ -1,4 +1,4 @@
-"""The live wire: workers publish a job's events here, and `readers` follows them.
+"""Both ends of the live wire: workers publish a job's events, the API follows them.
 
 Redis holds one stream and one small hash per running job, written by one script that also
 publishes. It is a cache of what the worker holds: after a FLUSHALL the worker writes it again, and
@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, NamedTuple
 
 import structlog
@@ -26,7 +26,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from backchannel import events, faults
 from backchannel.background import end
 from backchannel.events import Event
-from backchannel.pubsub import OUTAGE
+from backchannel.pubsub import OUTAGE, Listener, RollCall
 
 log = structlog.get_logger()
 
@@ -78,6 +78,7 @@ APPEND_AT_ONCE = 100  # jobs in one call of the script, which keeps Redis from a
 LIVE_TTL_MS = 6 * 3_600_000
 ENDED_TTL_MS = 60_000
 FLUSH_PATIENCE_S = 0.5  # of an attempt that wants its events sent before it goes on
+TOGETHER = 50  # events that a reader gets at once, at most: what waits for a slow one stays small
 
 
 class Keys(NamedTuple):
@@ -358,3 +359,71 @@ async def hint_cancel(redis: Redis, prefix: str, job_id: str) -> None:
     """Tell the workers of a cancel sooner than their next heartbeat would; best effort."""
     with contextlib.suppress(*OUTAGE):
         await redis.publish(f"{prefix}cancel", job_id)
+
+
+# The stored log of a job, or None while it runs.
+Stored = Callable[[str], Awaitable[list[Event] | None]]
+
+
+async def follow(
+    redis: Redis, prefix: str, listener: Listener, stored: Stored, job_id: str, after: int = -1
+) -> AsyncIterator[list[Event]]:
+    """A job's events numbered above `after`, first the past, then live, up to its end.
+
+    Those that are there together come together: a reader that falls behind catches up.
+
+    Subscribed before the first read, so no event is lost between the two; numbers sort out what
+    came by both ways. Whatever happens to Redis, the stored log ends the stream.
+    """
+    last = after
+    async with listener.subscribed(keys_of(prefix, job_id).stream) as queue:
+        roll_call = RollCall(queue)
+        heard, finished = await _catch_up(redis, prefix, stored, job_id, last)
+        while True:
+            fresh = _above(last, heard)
+            for start in range(0, len(fresh), TOGETHER):
+                yield fresh[start : start + TOGETHER]
+            if fresh:
+                last = fresh[-1].seq
+            if finished or (fresh and fresh[-1].type == events.END):
+                return  # also when the reader had the end already
+            heard = [
+                events.decode(line)
+                for message in await roll_call.heard()
+                for line in message.split(b"\n")
+            ]
+            if not heard or _has_gap(last, heard):
+                heard, finished = await _catch_up(redis, prefix, stored, job_id, last)
+
+
+def _above(last: int, heard: list[Event]) -> list[Event]:
+    """What is new of what was heard, some of it twice: in order, up to the end."""
+    fresh: list[Event] = []
+    for event in heard:
+        if event.seq > last:
+            last = event.seq
+            fresh.append(event)
+            if event.type == events.END:
+                break
+    return fresh
+
+
+def _has_gap(last: int, heard: list[Event]) -> bool:
+    for event in heard:
+        if event.seq > last + 1:
+            return True
+        last = max(last, event.seq)
+    return False
+
+
+async def _catch_up(
+    redis: Redis, prefix: str, stored: Stored, job_id: str, last: int
+) -> tuple[list[Event], bool]:
+    """The events above `last` that are to be had now, and whether they are all there will be."""
+    whole = await stored(job_id)
+    if whole is not None:
+        return whole, True
+    try:
+        return await read_log(redis, prefix, job_id, last), False
+    except OUTAGE:
+        return [], False

@@ -195,7 +195,7 @@ def make_celery(settings: Settings) -> Celery:
             # the rows, and sooner. Two round trips less for each job (docs/decisions/0017).
             "ack_emulation": False,
             # A half-open connection is noticed within these; stock Celery waits for ever. They add
-            # up: first the BRPOP, then an ack, then a publish find theirs dead, one by one.
+            # up: first the BRPOP, then a publish find theirs dead (docs/decisions/0018).
             "socket_timeout": 3,
             "socket_connect_timeout": 3,
             "socket_keepalive": True,

@@ -14,10 +14,17 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from backchannel import events
-from backchannel.bus import Publisher, Stream, close_log, publish_closed, read_log
+from backchannel.bus import (
+    TOGETHER,
+    Publisher,
+    Stream,
+    close_log,
+    follow,
+    publish_closed,
+    read_log,
+)
 from backchannel.events import Event
 from backchannel.pubsub import ROLL_CALL_S, Listener, connect
-from backchannel.readers import TOGETHER, follow
 from tests.servers import valkey
 
 PREFIX = "t:"
@@ -239,10 +246,7 @@ async def test_a_slow_reader_loses_its_queue_not_an_event(
     publisher: Publisher, redis: Redis, listener: Listener
 ) -> None:
     stream = await publisher.open(JOB, 1, 0)
-    stream.add("started", attempt=1)
-    await publisher.flush()
-    reader = follow(redis, PREFIX, listener, nothing_stored, JOB)
-    got = await anext(reader)
+    reader, got = await reading(stream, publisher, redis, listener)
     for number in range(1500):  # more messages than its queue holds
         say(stream, str(number))
         await publisher.flush()
@@ -273,10 +277,7 @@ async def test_a_gap_between_two_messages_that_came_together_is_filled(
     publisher: Publisher, redis: Redis, listener: Listener
 ) -> None:
     stream = await publisher.open(JOB, 1, 0)
-    stream.add("started", attempt=1)
-    await publisher.flush()
-    reader = follow(redis, PREFIX, listener, nothing_stored, JOB)
-    got = await anext(reader)
+    reader, got = await reading(stream, publisher, redis, listener)
     for word in "abc":
         say(stream, word)
         await publisher.flush()
@@ -349,6 +350,16 @@ async def test_an_end_that_no_worker_writes_continues_the_numbers_and_fences(
     assert await close_log(redis, PREFIX, "job_never_started", 0, 99, {"state": "cancelled"}) == [
         events.encode(0, "end", {"state": "cancelled"})
     ]
+
+
+async def reading(
+    stream: Stream, publisher: Publisher, redis: Redis, listener: Listener
+) -> tuple[Any, list[Event]]:
+    """A reader that has seen the start of a stream and waits, and what it has seen."""
+    stream.add("started", attempt=1)
+    await publisher.flush()
+    reader = follow(redis, PREFIX, listener, nothing_stored, JOB)
+    return reader, await anext(reader)
 
 
 async def _all(reader: Any) -> list[Event]:
