@@ -12,6 +12,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
 from redis.exceptions import RedisError
 
 from backchannel.background import end
@@ -42,7 +43,22 @@ def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
         retry=Retry(NoBackoff(), 0),
         health_check_interval=0,
     )
+    pool = client.connection_pool
+    pool.connection_class = type("Connection", (_PackingInC, pool.connection_class), {})
     return client
+
+
+class _PackingInC:
+    """Of a connection: redis-py's asynchronous ones pack in Python, six times slower than hiredis.
+
+    Its synchronous ones do as this does.
+    """
+
+    _packer = HiredisRespSerializer()
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        packed: list[bytes] = self._packer.pack(*args)
+        return packed
 
 
 class RollCall:

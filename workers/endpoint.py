@@ -6,8 +6,10 @@ job's 1.9 on the event loop. Nothing of it differs from one chat to the next but
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import httpx2
 import msgspec
 
@@ -66,3 +68,20 @@ class Endpoint:
     def is_closed(self) -> bool:
         """Whether it was closed."""
         return self._client.is_closed()
+
+
+# The next bytes of a body, none at its end.
+Read = Callable[[], Awaitable[bytes]]
+
+
+def reader(response: httpx2.Response) -> Read:
+    """What reads a response's body as it comes.
+
+    The SDKs' transport puts three layers of generators around aiohttp's own stream; what comes as
+    it is, is read from that stream itself. It raises aiohttp's exceptions.
+    """
+    answer = getattr(getattr(response.stream, "_stream", None), "_aiohttp_response", None)
+    if isinstance(answer, aiohttp.ClientResponse) and "content-encoding" not in response.headers:
+        return answer.content.readany
+    chunks = response.aiter_bytes()
+    return lambda: anext(chunks, b"")

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from backchannel import pubsub
-from backchannel.pubsub import RollCall
+from backchannel.pubsub import RollCall, connect
 
 
 async def test_messages_that_wait_are_heard_at_once_and_in_order() -> None:
@@ -45,3 +45,17 @@ async def test_the_roll_of_a_silent_channel_is_called_ever_more_rarely(
     assert await roll_call.heard() == [b"a"]
     assert await silence_s() < 2
     assert queue.empty()
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "unix:///nowhere.sock"])
+def test_commands_are_packed_in_c(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[tuple[object, ...]] = []
+
+    def pack(command: tuple[object, ...]) -> bytes:
+        packed.append(command)
+        return b"as hiredis says"
+
+    monkeypatch.setattr("redis.connection.hiredis.pack_command", pack)
+    connection = connect(url).connection_pool.make_connection()
+    assert connection.pack_command("EVALSHA", "sha", 1, b"key") == [b"as hiredis says"]
+    assert packed == [(b"EVALSHA", "sha", 1, b"key")]

@@ -8,14 +8,14 @@ Source of the framing: WHATWG HTML, "Server-sent events", with lines ended by LF
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
 from backchannel.errors import ProviderError
-from workers.endpoint import Endpoint
+from workers.endpoint import Endpoint, Read, reader
 from workers.providers import ChatRequest, Delta, ProviderEvent, Reasoning, Signature, ToolCall
 from workers.providers.failures import classify, failure, refusal, refused
 
@@ -39,10 +39,10 @@ class Answer:
         plain: Whether the payload is one whole JSON document.
     """
 
-    def __init__(self, body: AsyncGenerator[bytes], request: ChatRequest) -> None:
+    def __init__(self, read: Read, request: ChatRequest) -> None:
         self.payloads = self._payloads()
         self.plain = False
-        self._body = body
+        self._read = read
         self._provider = request.provider
         self._line_cap = request.line_cap
         self._answer_cap = request.answer_cap
@@ -123,7 +123,7 @@ class Answer:
             return
         for payload in self._feed(start):
             yield payload
-        while (chunk := await self._chunk()) is not None:
+        while chunk := await self._chunk():
             for payload in self._feed(chunk):
                 yield payload
         # What is left was cut off, or is a last event without the blank line after it.
@@ -134,7 +134,7 @@ class Answer:
     async def _start(self) -> bytes:
         """The first bytes that are more than white space; they tell what the body is."""
         head = b""
-        while (chunk := await self._chunk()) is not None:
+        while chunk := await self._chunk():
             head += chunk
             if BOM.startswith(head) or not (start := head.removeprefix(BOM).lstrip()):
                 self._check_line(len(head))
@@ -148,23 +148,24 @@ class Answer:
     async def drain(self) -> None:
         """Read to the end of the body, so that the connection can be used again."""
         self._until = asyncio.get_running_loop().time() + DRAIN_S
-        while await self._chunk() is not None:
+        while await self._chunk():
             pass
 
     async def _document(self, start: bytes) -> bytes:
         document = bytearray(start)
-        while (chunk := await self._chunk()) is not None:
+        while chunk := await self._chunk():
             document += chunk
             if len(document) > self._answer_cap:
                 raise self.error("answer_too_large", f"answered more than {self._answer_cap} bytes")
         return bytes(document)
 
-    async def _chunk(self) -> bytes | None:
-        """The body's next bytes, None at its end; after the answer's own end not for long."""
-        if self._until is None:
-            return await anext(self._body, None)
+    def _chunk(self) -> Awaitable[bytes]:
+        """The body's next bytes, none at its end; after the answer's own end not for long."""
+        return self._read() if self._until is None else self._hurried()
+
+    async def _hurried(self) -> bytes:
         async with asyncio.timeout_at(self._until):
-            return await anext(self._body, None)
+            return await self._read()
 
     def _feed(self, chunk: bytes) -> Iterator[bytes]:
         """The events this chunk completes; at most a line and an event's data are kept."""
@@ -227,12 +228,11 @@ async def opened(
             if not response.is_success:
                 await response.aread()
                 raise refused(response, request.provider)
-            async with aclosing(_body(response)) as chunks:
-                answer = Answer(chunks, request)
-                async with aclosing(answer.payloads):
-                    yield answer
-                if answer.whole:
-                    await answer.drain()
+            answer = Answer(reader(response), request)
+            async with aclosing(answer.payloads):
+                yield answer
+            if answer.whole:
+                await answer.drain()
     except Exception as error:
         classified = classify(error, request.provider)
         if classified is None:  # a bug of ours: let it be seen as one
@@ -240,10 +240,3 @@ async def opened(
         if answer is None or not answer.whole:
             # not "from error": a client's exception carries the request, with prompt and key
             raise classified from None
-
-
-def _body(response: Any) -> AsyncGenerator[bytes]:
-    """The body's bytes; the two layers of `aiter_bytes` only where there is something to decode."""
-    encoded = "content-encoding" in response.headers
-    body: AsyncGenerator[bytes] = response.aiter_bytes() if encoded else aiter(response.stream)
-    return body
