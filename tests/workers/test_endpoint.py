@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from workers.clients import _anthropic, _http, _openai
-from workers.endpoint import Endpoint, reader
+from workers.endpoint import Endpoint, Read, reader
 
 BODY = b'data: {"choices":[]}\n\n' * 40
 KINDS = ("openai-compatible", "anthropic")
@@ -33,6 +33,13 @@ async def _answer(request: web.Request) -> web.StreamResponse:
         return response
     await response.write(body[20:])
     return response
+
+
+async def _whole(read: Read) -> bytes:
+    heard = b""
+    while chunk := await read():
+        heard += chunk
+    return heard
 
 
 @pytest.fixture
@@ -63,27 +70,18 @@ async def test_a_plain_body_is_read_past_the_layers_of_the_sdks_transport(
         read = reader(response)
         # the SDK keeps this stream to itself; where it moves it to, this must follow
         assert isinstance(getattr(read, "__self__", None), aiohttp.StreamReader)
-        heard = b""
-        while chunk := await read():
-            heard += chunk
-    assert heard == BODY
+        assert await _whole(read) == BODY
 
 
 async def test_a_packed_body_is_unpacked(endpoint: Endpoint) -> None:
     async with aclosing(await endpoint.post({"packed": True, "cut": False})) as response:
-        read = reader(response)
-        heard = b""
-        while chunk := await read():
-            heard += chunk
-    assert heard == BODY
+        assert await _whole(reader(response)) == BODY
 
 
 @pytest.mark.parametrize("packed", [False, True])
 async def test_a_cut_body_is_no_end(endpoint: Endpoint, packed: bool) -> None:
     async with aclosing(await endpoint.post({"packed": packed, "cut": True})) as response:
-        read = reader(response)
         with pytest.raises(Exception, match=r"(?i)payload|connection|reset") as raised:
-            while await read():
-                pass
+            await _whole(reader(response))
     chain = [raised.value, raised.value.__cause__]
     assert any(isinstance(each, aiohttp.ClientError) for each in chain)
