@@ -16,7 +16,7 @@ gaps. The bytes a reader gets live are the bytes that are stored and replayed.
 from __future__ import annotations
 
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -32,7 +32,7 @@ END = "end"
 _encode = msgspec.json.Encoder().encode
 
 
-class Event(NamedTuple):
+class Event(msgspec.Struct, frozen=True, gc=False):
     """One numbered event, encoded."""
 
     seq: int
