@@ -15,7 +15,7 @@ from benchmarks.client import Driver, driver
 from benchmarks.figures import percentile
 from benchmarks.installation import Installation
 from benchmarks.progress import say
-from benchmarks.work import READ, REALISTIC, WARM_UP, Pace, starting_s, unstamp
+from benchmarks.work import READ_MS, WARM_UP, Pace, gathering, realistic, unstamp
 
 ONE_BY_ONE = Pace(4, first_ms=100, each_ms=20)
 
@@ -36,12 +36,14 @@ async def _waves(url: str, streams: int, waves: int) -> list[float]:
         await asyncio.gather(*[_added_ms(api, WARM_UP.pace) for _ in range(10)])
         if streams == 1:
             return [await _added_ms(api, ONE_BY_ONE) for _ in range(waves)]
-        crowd = streams > 50
-        pace, over_s = (READ, streams / 100) if crowd else (REALISTIC, starting_s(streams))
+        work = gathering(streams, READ_MS) if streams > 50 else realistic(streams)
         added: list[float] = []
         for _ in range(waves):
             added += await asyncio.gather(
-                *[_added_ms(api, pace, over_s * number / streams) for number in range(streams)]
+                *[
+                    _added_ms(api, work.pace_of(number), work.start_s(number))
+                    for number in range(work.jobs)
+                ]
             )
         return added
 

@@ -10,7 +10,7 @@ from benchmarks.contenders.who import Backchannel
 from benchmarks.installation import Installation
 from benchmarks.processes import resident_kb
 from benchmarks.progress import say
-from benchmarks.work import Pace, Work, starting_s
+from benchmarks.work import STARTS_PER_S, Pace, Work
 
 JOBS = 1000
 SLOW = Pace(20, first_ms=4000, each_ms=100)  # so slow that nearly all of them overlap
@@ -27,7 +27,7 @@ async def _wave(ours: Backchannel, pid: int) -> dict[str, float]:
     await ours.go(Work(Pace(8), 5, 5))  # the SDK is imported now
     base = peak = resident_kb([pid])
     most = 0
-    going = asyncio.create_task(ours.go(Work(SLOW, JOBS, JOBS, starting_s(JOBS))))
+    going = asyncio.create_task(ours.go(Work(SLOW, JOBS, JOBS, STARTS_PER_S)))
     while not going.done():
         await asyncio.sleep(0.25)
         peak = max(peak, resident_kb([pid]))

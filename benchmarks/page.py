@@ -11,10 +11,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from benchmarks.chart import Bar, draw
-from benchmarks.contenders.who import ALL, FLOOR
+from benchmarks.contenders.who import ALL, FLOOR, GREENLETS, PROCESSES
 from benchmarks.figures import Cell
 from benchmarks.targets import TARGETS, Results
-from benchmarks.work import STARTS_PER_S, realistic
+from benchmarks.work import GATHERING_PER_S, READ_MS, STARTS_PER_S, realistic
 
 MEASURED_BY = (
     "celery", "kombu", "fastapi", "uvicorn", "uvloop", "redis", "sqlalchemy", "msgspec", "openai",
@@ -150,16 +150,19 @@ answers {number(results.figure("posts.empty.per_s"))}.
 
 ## Streams
 
-The first token comes after 100 ms, and then one every 20 ms, or 100 ms where a thousand streams of
-the faster ones are more than a core can take; at most {STARTS_PER_S} streams begin in a second.
+The first token comes after 100 ms, and then one every 20 ms; {STARTS_PER_S} streams begin in a
+second. As a thousand of these are more than a core can take, there are slower ones too, which
+gather: {GATHERING_PER_S} begin in a second, and all end soon after the last one has begun, which
+meets all the others. The usual workers have {PROCESSES} processes and {GREENLETS} greenlets: of a
+larger crowd the others wait for their turn, and it is one turn that is measured.
 
 {streams(results)}
 
 ## All else
 
 Names say what: `first_text` is from POST to the first text on the SSE stream, less the provider's
-own time, with a token every 20 ms, or 400 ms above 50 streams, which begin at 100 a second; `posts`
-are single POSTs on one API process (`empty` and `naive` are what one compares with; `us` is the
+own time, with a token every 20 ms, or {READ_MS} ms above 50 streams, which gather; `posts` are
+single POSTs on one API process (`empty` and `naive` are what one compares with; `us` is the
 server's CPU time a POST); `lines` is a file for `/v1/batches`, from the upload's first byte to its
 last line checked, and what it took of memory more than one of a tenth of its length; `batch` is
 from the upload to the last finished row; `backlog` is the CPU time to dispatch and claim one job

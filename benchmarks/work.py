@@ -6,8 +6,9 @@ The pace travels to the provider as the model's name, ``t128-f100-d20``: 128 tok
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 # What the provider puts into a token: when it was sent, on the clock that all processes of a
@@ -60,53 +61,67 @@ class Work:
     Attributes:
         jobs: Answers in all.
         concurrency: Answers in flight at most.
-        spread_s: The jobs are asked for evenly over this long, not all in one instant.
+        starts_per_s: The jobs are asked for at this rate; 0: all in one instant.
+        gathering: All answers end soon after the last one begins, none is longer than `pace`.
     """
 
     pace: Pace
     jobs: int
     concurrency: int
-    spread_s: float = 0.0
+    starts_per_s: int = 0
+    gathering: bool = False
     dialect: str = "openai"
 
     @property
     def tokens(self) -> int:
         """Tokens in all."""
-        return self.jobs * self.pace.tokens
+        return sum(self.pace_of(number).tokens for number in range(self.jobs))
+
+    def start_s(self, number: int) -> float:
+        """When a job is asked for."""
+        return number / self.starts_per_s if self.starts_per_s else 0.0
+
+    def pace_of(self, number: int) -> Pace:
+        """How a job's answer comes."""
+        if not self.gathering:
+            return self.pace
+        left_ms = 1000 * (self.start_s(self.jobs) - self.start_s(number))
+        tokens = 2 + math.ceil(left_ms / self.pace.each_ms)
+        return replace(self.pace, tokens=min(tokens, self.pace.tokens))
 
     @property
     def name(self) -> str:
         """In a word, for the table."""
+        streams = f"{self.concurrency:,} {'gathering ' * self.gathering}stream"
         how = f"{self.pace.each_ms} ms apart" if self.pace.paced else "unpaced"
         other = "" if self.dialect == "openai" else f", {self.dialect}"
-        tokens = f"{self.pace.tokens} token{'s' * (self.pace.tokens > 1)}"
-        return f"{self.concurrency:,} stream{'s' * (self.concurrency > 1)}, {tokens} {how}{other}"
+        tokens = f"{'up to ' * self.gathering}{self.pace.tokens} token"
+        plural = "s" * (self.concurrency > 1), "s" * (self.pace.tokens > 1)
+        return f"{streams}{plural[0]}, {tokens}{plural[1]} {how}{other}"
 
 
 REALISTIC = Pace(128, first_ms=100, each_ms=20)
-# A thousand of the above are 50,000 tokens a second, more than the floor can take on one core. At
-# this pace, a large model's, they are 10,000: what a first token waits for then is not the others.
-UNHURRIED = Pace(128, first_ms=100, each_ms=100)
-# Where each token is read on its own SSE stream too, and the API that sends them shares a core with
-# broker, provider and driver: 2,500 a second for a thousand readers.
-READ = Pace(32, first_ms=100, each_ms=400)
 AT_ONCE = Pace(128)
 SHORT = Pace(1)
 WARM_UP = Work(Pace(1, first_ms=200), 50, 50)  # long enough that each process of a pool gets one
 PATIENCE_S = 600.0  # of the SDKs, to connect too: a drowned loop must finish, not fail
 STARTS_PER_S = 500  # at most: a thousand users do not press Enter in the same instant
+GATHERING_PER_S = 200
 
-
-def starting_s(streams: int) -> float:
-    """Over how long so many realistic streams are asked for; all of them still meet."""
-    return max(1.0, streams / STARTS_PER_S)
+# A thousand realistic streams are 50,000 tokens a second, more than the floor can take on one core.
+# At this pace, a large model's, they are 10,000: what a first token waits for is not the others.
+UNHURRIED_MS = 100
+# Where each token is read on its own SSE stream too, and the API that sends them shares a core with
+# broker, provider and driver: 2,500 a second for a thousand readers.
+READ_MS = 400
 
 
 def realistic(streams: int, dialect: str = "openai") -> Work:
     """One wave of streams."""
-    return Work(REALISTIC, streams, streams, starting_s(streams), dialect)
+    return Work(REALISTIC, streams, streams, STARTS_PER_S, dialect=dialect)
 
 
-def unhurried(streams: int) -> Work:
-    """One wave of slow streams, which come one by one and all meet."""
-    return Work(UNHURRIED, streams, streams, 10.0)
+def gathering(streams: int, each_ms: int) -> Work:
+    """Slow streams that come one by one; at the end all of them are there."""
+    pace = Pace(128, first_ms=100, each_ms=each_ms)
+    return Work(pace, streams, streams, GATHERING_PER_S, gathering=True)

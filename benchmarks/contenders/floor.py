@@ -16,7 +16,7 @@ from anthropic import DefaultAioHttpClient as AnthropicHttp
 from openai import AsyncOpenAI, DefaultAioHttpClient
 
 from benchmarks.contenders.script import serve
-from benchmarks.work import PATIENCE_S, Work
+from benchmarks.work import PATIENCE_S
 
 MESSAGES: Any = [{"role": "user", "content": "Hello?"}]
 
@@ -47,10 +47,9 @@ async def main(url: str) -> None:
     )
     anthropic = AsyncAnthropic(api_key="k", base_url=url, http_client=AnthropicHttp(), **patient)
 
-    async def ask(work: Work, first: Callable[[str], None]) -> str:
-        model = work.pace.model
+    async def ask(dialect: str, model: str, first: Callable[[str], None]) -> str:
         call: Any
-        if work.dialect == "openai":
+        if dialect == "openai":
             call = openai.chat.completions.with_streaming_response.create(
                 model=model, messages=MESSAGES, stream=True
             )

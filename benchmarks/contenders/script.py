@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.work import Pace, Work, unstamp
 
-# One answer: the work, and what to call with its first text. Returns the whole text.
-Ask = Callable[[Work, Callable[[str], None]], Awaitable[str]]
+# One answer: dialect, model, and what to call with its first text. Returns the whole text.
+Ask = Callable[[str, str, Callable[[str], None]], Awaitable[str]]
 
 
 def encode(work: Work) -> str:
@@ -47,9 +47,9 @@ async def _do(ask: Ask, work: Work) -> dict[str, Any]:
         delays_ms.append((time.monotonic_ns() - mark[0]) / 1e6)
 
     async def one(number: int) -> int:
-        await asyncio.sleep(work.spread_s * number / work.jobs)
+        await asyncio.sleep(work.start_s(number))
         async with slots:
-            text = await ask(work, first)
+            text = await ask(work.dialect, work.pace_of(number).model, first)
         return text.count("token ") + 1  # the first is the mark
 
     tokens = sum(await asyncio.gather(*[one(number) for number in range(work.jobs)]))

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from openai import AsyncOpenAI
 
 from benchmarks.contenders.script import serve
-from benchmarks.work import PATIENCE_S, Work
+from benchmarks.work import PATIENCE_S
 
 
 async def main(url: str) -> None:
     """Serve with one client."""
     client = AsyncOpenAI(api_key="k", base_url=f"{url}/v1", timeout=PATIENCE_S)
 
-    async def ask(work: Work, first: Callable[[str], None]) -> str:
+    async def ask(_: str, model: str, first: Callable[[str], None]) -> str:
         stream = await client.chat.completions.create(
-            model=work.pace.model, messages=[{"role": "user", "content": "Hello?"}], stream=True
+            model=model, messages=[{"role": "user", "content": "Hello?"}], stream=True
         )
         texts: list[str] = []
         async for chunk in stream:

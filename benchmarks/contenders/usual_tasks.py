@@ -22,7 +22,6 @@ PROVIDER = os.environ.get("BENCHMARK_PROVIDER", "")
 app = Celery("usual", broker=BROKER, backend=ANSWERS)
 app.conf.update(
     task_acks_late=True,
-    worker_prefetch_multiplier=1,
     worker_send_task_events=True,
     broker_connection_retry_on_startup=True,
     redis_max_connections=2000,

@@ -7,6 +7,8 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -17,9 +19,9 @@ from celery import Celery
 from benchmarks.client import driver
 from benchmarks.contenders.script import encode
 from benchmarks.figures import Round
-from benchmarks.installation import Installation, serving
+from benchmarks.installation import SLOTS, Installation, serving
 from benchmarks.listening import first_tokens
-from benchmarks.processes import Child, cores, cpu_by_role
+from benchmarks.processes import Child, cores, cpu_by_role, pin
 from benchmarks.work import Work
 from tests.servers import Valkey, valkey
 
@@ -32,13 +34,24 @@ ON_POSTGRES = "Backchannel, PostgreSQL"
 ALL = (FLOOR, SDK_LOOP, PREFORK, GEVENT, ON_SQLITE, ON_POSTGRES)
 
 POLL_S = 0.02
-PROCESSES = 16  # of the prefork worker: 80 MB and a third of a second to start, each
+# Of the usual workers. A process takes 80 MB and a third of a second to start; more greenlets than
+# fill a core make each stream slower and no token cheaper: one cost 400 µs of CPU with 50 of them,
+# 370 with 200, 388 with 1,000.
+PROCESSES = 16
+GREENLETS = 50
 
 
 class Contender(Protocol):
-    """Does work; `roles` are the processes whose CPU time counts."""
+    """Does work.
+
+    Attributes:
+        roles: The processes whose CPU time counts.
+        slots: How many jobs it runs at a time; of a larger crowd the others wait for their turn,
+            and as one turn is like the next, a wave of so many stands for all.
+    """
 
     roles: dict[str, list[int]]
+    slots: int
 
     async def go(self, work: Work) -> list[float]:
         """Do the work to its end; returns the added first-token delays in ms."""
@@ -47,6 +60,9 @@ class Contender(Protocol):
 
 async def measure(contender: Contender, work: Work) -> Round:
     """One round."""
+    if contender.slots < work.concurrency:
+        turns = work.jobs // work.concurrency
+        work = replace(work, jobs=turns * contender.slots)
     before = cpu_by_role(contender.roles)
     started = time.monotonic()
     delays_ms = await contender.go(work)
@@ -62,6 +78,7 @@ class Script:
     def __init__(self, child: Child) -> None:
         self._child = child
         self.roles = {"worker": [child.pid]}
+        self.slots = SLOTS
 
     async def go(self, work: Work) -> list[float]:
         """Hand over the work and wait for the answer."""
@@ -74,7 +91,8 @@ class Script:
 class UsualCelery:
     """A stock Celery worker; the driver sends the tasks and reads nothing but first tokens."""
 
-    def __init__(self, child: Child, server: Valkey, app: Celery) -> None:
+    def __init__(self, child: Child, server: Valkey, app: Celery, slots: int) -> None:
+        self.slots = slots
         self._server = server
         self._app = app
         self._answers = redis.Redis(unix_socket_path=str(server.socket), db=1)
@@ -86,11 +104,12 @@ class UsualCelery:
         started = time.monotonic()
         async with first_tokens(self._server.socket) as listening:
             for number in range(work.jobs):
-                due = started + work.spread_s * number / work.jobs
+                due = started + work.start_s(number)
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-                name = f"{work.pace.model}-{started}-{number}"
+                model = work.pace_of(number).model
+                name = f"{model}-{started}-{number}"
                 listening.subscribe(f"job:{name}")
-                self._app.send_task("usual.chat", (work.pace.model,), task_id=name)
+                self._app.send_task("usual.chat", (model,), task_id=name)
             while self._answers.dbsize() < work.jobs:  # noqa: ASYNC110  there is no event
                 await asyncio.sleep(POLL_S)
         return listening.delays_ms
@@ -102,6 +121,7 @@ class Backchannel:
     def __init__(self, home: Installation) -> None:
         self.home = home
         self.roles = home.roles
+        self.slots = SLOTS
 
     async def go(self, work: Work) -> list[float]:
         """POST, and wait until the database has every job finished."""
@@ -111,12 +131,16 @@ class Backchannel:
             driver(self.home.url) as api,
             first_tokens(self.home.valkey.socket) as listening,
         ):
-            body = {"model": f"{work.dialect}:{work.pace.model}", "prompt": "Hello?"}
-            request = api.post("/v1/jobs", body)
+
+            @cache
+            def request(model: str) -> bytes:
+                return api.post(
+                    "/v1/jobs", {"model": f"{work.dialect}:{model}", "prompt": "Hello?"}
+                )
 
             async def post(number: int) -> None:
-                await asyncio.sleep(work.spread_s * number / work.jobs)
-                answer = await api.send(request)
+                await asyncio.sleep(work.start_s(number))
+                answer = await api.send(request(work.pace_of(number).model))
                 assert answer.status == 202, answer
                 listening.subscribe(prefix + json.loads(answer.body)["id"])
 
@@ -155,11 +179,11 @@ def _usual(name: str, provider: str, folder: Path, stack: ExitStack) -> UsualCel
     server = stack.enter_context(valkey(appendonly=True))
     broker = f"redis+socket://{server.socket}"
     answers = f"{broker}?virtual_host=1"
-    pool = ("prefork", PROCESSES) if name == PREFORK else ("gevent", 1000)
+    pool = ("prefork", PROCESSES) if name == PREFORK else ("gevent", GREENLETS)
     child = Child(
         *("celery", "-A", "benchmarks.contenders.usual_tasks", "worker"),
         *("-P", pool[0], "-c", str(pool[1]), "-l", "info", "--without-gossip", "--without-mingle"),
-        core=cores()[1],
+        core=cores()[0],  # until it is ready: the others start on the other one
         log=folder / "log",
         env={
             "BENCHMARK_BROKER": broker,
@@ -170,4 +194,6 @@ def _usual(name: str, provider: str, folder: Path, stack: ExitStack) -> UsualCel
     )
     stack.callback(child.stop)
     child.until(lambda: " ready." in child.log.read_text())
-    return UsualCelery(child, server, Celery("driver", broker=broker, backend=answers))
+    pin([child.pid], cores()[1])
+    app = Celery("driver", broker=broker, backend=answers)
+    return UsualCelery(child, server, app, pool[1])

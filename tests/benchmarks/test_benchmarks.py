@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import httpx2
@@ -15,12 +16,12 @@ import pytest
 from benchmarks import page
 from benchmarks.ceiling import provider
 from benchmarks.contenders.script import decode, encode
-from benchmarks.contenders.who import FLOOR, ON_SQLITE, SDK_LOOP
+from benchmarks.contenders.who import FLOOR, ON_SQLITE, SDK_LOOP, measure
 from benchmarks.figures import Cell, Round, median, percentile
 from benchmarks.processes import ROOT, cpu_s, tree
 from benchmarks.streams import Effort, Plan, run
 from benchmarks.targets import TARGETS, Results
-from benchmarks.work import AT_ONCE, Pace, Work, pace_of, realistic, stamp, unstamp
+from benchmarks.work import AT_ONCE, Pace, Work, gathering, pace_of, realistic, stamp, unstamp
 
 
 def test_percentiles_are_values_that_were_measured() -> None:
@@ -128,3 +129,32 @@ def test_the_provider_answers_plainly_too(provider_url: str, path: str) -> None:
     )
     assert text.count("token ") == 2
     assert unstamp(text) is not None
+
+
+def test_streams_that_gather_all_meet_and_end_together() -> None:
+    work = gathering(1000, 100)
+    ends_s = []
+    for number in range(work.jobs):
+        pace = work.pace_of(number)
+        ends_s.append(
+            work.start_s(number) + (pace.first_ms + (pace.tokens - 1) * pace.each_ms) / 1000
+        )
+    first_of_last_s = work.start_s(work.jobs - 1) + 0.1
+    assert first_of_last_s <= min(ends_s)
+    assert max(ends_s) < first_of_last_s + 0.5
+    assert work.tokens == sum(work.pace_of(number).tokens for number in range(work.jobs))
+    assert max(work.pace_of(number).tokens for number in range(work.jobs)) <= work.pace.tokens
+
+
+async def test_of_a_crowd_a_small_pool_does_one_turn() -> None:
+    class Pool:
+        roles: ClassVar[dict[str, list[int]]] = {"worker": []}
+        slots = 16
+
+        async def go(self, work: Work) -> list[float]:
+            return [0.0] * work.jobs
+
+    one_turn = await measure(Pool(), realistic(200))
+    assert (one_turn.jobs, one_turn.tokens) == (16, 16 * 128)
+    assert (await measure(Pool(), Work(Pace(1), 600, 200))).jobs == 48
+    assert (await measure(Pool(), realistic(1))).jobs == 1
