@@ -6,9 +6,10 @@ import gc
 
 # By default the young are searched at every 700th, and all that lives whenever that has grown by a
 # quarter. With 1,000 streams in flight the searches took 7 % of a worker's time and stood still
-# for a quarter of a second, and found nothing: hardly anything here makes cycles. Now the young are
-# searched at every 50,000th, in 2 ms; what they leave, after ten times; all, after a thousand.
-OFTEN = (50_000, 10, 100)
+# for a quarter of a second, and found nothing: nothing that a job leaves behind is a cycle. Now the
+# young are searched at every 20,000th, in 10 ms; what they leave, after ten times; all, after a
+# thousand.
+OFTEN = (20_000, 10, 100)
 
 
 def settle() -> None:

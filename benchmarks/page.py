@@ -13,8 +13,9 @@ from pathlib import Path
 from benchmarks.chart import Bar, draw
 from benchmarks.contenders.who import ALL, FLOOR, GREENLETS, PROCESSES
 from benchmarks.figures import Cell
+from benchmarks.first_text import READ, READERS_PER_S
 from benchmarks.targets import TARGETS, Results
-from benchmarks.work import GATHERING_PER_S, READ_MS, STARTS_PER_S, realistic
+from benchmarks.work import STARTS_PER_S, UNHURRIED_PER_S, realistic
 
 MEASURED_BY = (
     "celery", "kombu", "fastapi", "uvicorn", "uvloop", "redis", "sqlalchemy", "msgspec", "openai",
@@ -152,7 +153,7 @@ answers {number(results.figure("posts.empty.per_s"))}.
 
 The first token comes after 100 ms, and then one every 20 ms; {STARTS_PER_S} streams begin in a
 second. As a thousand of these are more than a core can take, there are slower ones too, which
-gather: {GATHERING_PER_S} begin in a second, and all end soon after the last one has begun, which
+gather: {UNHURRIED_PER_S} begin in a second, and all end soon after the last one has begun, which
 meets all the others. The usual workers have {PROCESSES} processes and {GREENLETS} greenlets: of a
 larger crowd the others wait for their turn, and it is one turn that is measured.
 
@@ -161,10 +162,10 @@ larger crowd the others wait for their turn, and it is one turn that is measured
 ## All else
 
 Names say what: `first_text` is from POST to the first text on the SSE stream, less the provider's
-own time, with a token every 20 ms, or {READ_MS} ms above 50 streams, which gather; `posts` are
-single POSTs on one API process (`empty` and `naive` are what one compares with; `us` is the
-server's CPU time a POST); `lines` is a file for `/v1/batches`, from the upload's first byte to its
-last line checked, and what it took of memory more than one of a tenth of its length; `batch` is
+own time, of streams that gather, {READERS_PER_S} in a second, with a token every {READ.each_ms} ms;
+`posts` are single POSTs on one API process (`empty` and `naive` are what one compares with; `us` is
+the server's CPU time a POST); `lines` is a file for `/v1/batches`, from the upload's first byte to
+its last line checked, and what it took of memory more than one of a tenth of its length; `batch` is
 from the upload to the last finished row; `backlog` is the CPU time to dispatch and claim one job
 with 1,000 and with `deep` queued; `startup.libraries_s` is the import of FastAPI, redis, SQLModel
 and uvicorn alone.

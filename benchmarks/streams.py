@@ -23,7 +23,7 @@ from benchmarks.contenders.who import (
 )
 from benchmarks.figures import Cell
 from benchmarks.progress import say
-from benchmarks.work import AT_ONCE, SHORT, UNHURRIED_MS, WARM_UP, Work, gathering, realistic
+from benchmarks.work import AT_ONCE, SHORT, WARM_UP, Work, realistic, unhurried
 
 OURS = (ON_SQLITE, ON_POSTGRES)
 PATIENTLY = (FLOOR, *OURS)
@@ -43,7 +43,7 @@ FULL = (
     Plan(realistic(50), ON_ONE_DATABASE),
     Plan(realistic(200), ON_ONE_DATABASE),
     Plan(realistic(1000), ON_ONE_DATABASE),
-    Plan(gathering(1000, UNHURRIED_MS), (FLOOR, ON_SQLITE)),
+    Plan(unhurried(1000), (ON_SQLITE,)),
     Plan(realistic(50, "anthropic"), (FLOOR, ON_SQLITE)),
     Plan(Work(AT_ONCE, 200, 200), ON_ONE_DATABASE),
     Plan(Work(SHORT, 300, 50), ALL),

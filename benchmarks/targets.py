@@ -10,7 +10,7 @@ from typing import NamedTuple
 from benchmarks.contenders.who import FLOOR, ON_POSTGRES, ON_SQLITE, SDK_LOOP
 from benchmarks.figures import Cell
 from benchmarks.streams import Table
-from benchmarks.work import SHORT, UNHURRIED_MS, Work, gathering, realistic
+from benchmarks.work import SHORT, Work, realistic, unhurried
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ def _token_ratio(to: str) -> Callable[[Results], float]:
 
 def _delay(share: float) -> Callable[[Results], float]:
     def delay(results: Results) -> float:
-        cell = results.cell(gathering(1000, UNHURRIED_MS), ON_SQLITE)
+        cell = results.cell(unhurried(1000), ON_SQLITE)
         return cell.delay_ms(share) if cell else math.nan
 
     return delay

@@ -106,14 +106,11 @@ SHORT = Pace(1)
 WARM_UP = Work(Pace(1, first_ms=200), 50, 50)  # long enough that each process of a pool gets one
 PATIENCE_S = 600.0  # of the SDKs, to connect too: a drowned loop must finish, not fail
 STARTS_PER_S = 500  # at most: a thousand users do not press Enter in the same instant
-GATHERING_PER_S = 200
 
 # A thousand realistic streams are 50,000 tokens a second, more than the floor can take on one core.
 # At this pace, a large model's, they are 10,000: what a first token waits for is not the others.
 UNHURRIED_MS = 100
-# Where each token is read on its own SSE stream too, and the API that sends them shares a core with
-# broker, provider and driver: 2,500 a second for a thousand readers.
-READ_MS = 400
+UNHURRIED_PER_S = 200
 
 
 def realistic(streams: int, dialect: str = "openai") -> Work:
@@ -121,7 +118,7 @@ def realistic(streams: int, dialect: str = "openai") -> Work:
     return Work(REALISTIC, streams, streams, STARTS_PER_S, dialect=dialect)
 
 
-def gathering(streams: int, each_ms: int) -> Work:
+def unhurried(streams: int) -> Work:
     """Slow streams that come one by one; at the end all of them are there."""
-    pace = Pace(128, first_ms=100, each_ms=each_ms)
-    return Work(pace, streams, streams, GATHERING_PER_S, gathering=True)
+    pace = Pace(128, first_ms=100, each_ms=UNHURRIED_MS)
+    return Work(pace, streams, streams, UNHURRIED_PER_S, gathering=True)

@@ -21,7 +21,7 @@ from benchmarks.figures import Cell, Round, median, percentile
 from benchmarks.processes import ROOT, cpu_s, tree
 from benchmarks.streams import Effort, Plan, run
 from benchmarks.targets import TARGETS, Results
-from benchmarks.work import AT_ONCE, Pace, Work, gathering, pace_of, realistic, stamp, unstamp
+from benchmarks.work import AT_ONCE, Pace, Work, pace_of, realistic, stamp, unhurried, unstamp
 
 
 def test_percentiles_are_values_that_were_measured() -> None:
@@ -132,7 +132,7 @@ def test_the_provider_answers_plainly_too(provider_url: str, path: str) -> None:
 
 
 def test_streams_that_gather_all_meet_and_end_together() -> None:
-    work = gathering(1000, 100)
+    work = unhurried(1000)
     ends_s = []
     for number in range(work.jobs):
         pace = work.pace_of(number)
