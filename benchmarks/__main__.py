@@ -106,8 +106,7 @@ def main() -> None:
         chosen = arguments.only or ["streams", *parts]
         if "streams" in chosen:
             plans = streams.QUICK if arguments.quick else streams.FULL
-            effort = streams.Effort(1, 0) if arguments.quick else streams.Effort(5, 75)
-            results.table = streams.run(plans, effort, url)
+            results.table = streams.run(plans, 1 if arguments.quick else 5, url)
             keep(arguments.json, results)
         for name, part in parts.items():
             if name in chosen:

@@ -155,7 +155,8 @@ The first token comes after 100 ms, and then one every 20 ms; {STARTS_PER_S} str
 second. As a thousand of these are more than a core can take, there are slower ones too, which
 gather: {UNHURRIED_PER_S} begin in a second, and all end soon after the last one has begun, which
 meets all the others. The usual workers have {PROCESSES} processes and {GREENLETS} greenlets: of a
-larger crowd the others wait for their turn, and it is one turn that is measured.
+larger crowd the others wait for their turn. In each round one turn is measured, which is the same
+in a crowd of any size.
 
 {streams(results)}
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import uvloop
@@ -20,13 +20,12 @@ from benchmarks.contenders.who import (
     Contender,
     contender,
     measure,
+    one_turn,
 )
-from benchmarks.figures import Cell
+from benchmarks.figures import Cell, Round
 from benchmarks.progress import say
 from benchmarks.work import AT_ONCE, SHORT, WARM_UP, Work, realistic, unhurried
 
-OURS = (ON_SQLITE, ON_POSTGRES)
-PATIENTLY = (FLOOR, *OURS)
 SHORTLIST = (FLOOR, SDK_LOOP, ON_SQLITE)
 ON_ONE_DATABASE = tuple(name for name in ALL if name != ON_POSTGRES)
 
@@ -56,24 +55,10 @@ QUICK = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How much is done.
-
-    Attributes:
-        rounds: Of each cell, if they fit.
-        cell_s: A cell of the others that has taken this long gets no further round: a drowned SDK
-            loop takes 18 s for one. The table says how many there were.
-    """
-
-    rounds: int
-    cell_s: float
-
-
 Table = dict[tuple[str, str], Cell]
 
 
-def run(plans: Iterable[Plan], effort: Effort, provider: str) -> Table:
+def run(plans: Iterable[Plan], rounds: int, provider: str) -> Table:
     """Start everybody, do the rounds, stop everybody."""
     plans = tuple(plans)
     names = [name for name in ALL if any(name in plan.who for plan in plans)]
@@ -85,29 +70,26 @@ def run(plans: Iterable[Plan], effort: Effort, provider: str) -> Table:
                 own = stack.enter_context(ExitStack())
                 starting[name] = pool.submit(own.enter_context, contender(name, provider))
         who = {name: started.result() for name, started in starting.items()}
-        return uvloop.run(_rounds(plans, effort, who))
+        return uvloop.run(_rounds(plans, rounds, who))
 
 
-async def _rounds(plans: tuple[Plan, ...], effort: Effort, who: dict[str, Contender]) -> Table:
+async def _rounds(plans: tuple[Plan, ...], rounds: int, who: dict[str, Contender]) -> Table:
     for dialect in sorted({plan.work.dialect for plan in plans}):
         names = {name for plan in plans if plan.work.dialect == dialect for name in plan.who}
         await asyncio.gather(*[who[name].go(replace(WARM_UP, dialect=dialect)) for name in names])
     table: Table = {(plan.work.name, name): Cell() for plan in plans for name in plan.who}
-    for number in range(1, effort.rounds + 1):
+    for number in range(1, rounds + 1):
+        done: dict[tuple[str, Work], Round] = {}  # of this round: nothing is done twice
         for plan in plans:
-            say(f"round {number} of {effort.rounds}: {plan.work.name}")
-            going = [
-                name
-                for name in plan.who
-                if name in PATIENTLY
-                or number == 1
-                or table[plan.work.name, name].seconds < effort.cell_s
-            ]
+            say(f"round {number} of {rounds}: {plan.work.name}")
+            turns = {name: one_turn(who[name], plan.work) for name in plan.who}
+            ahead = [(name, turn) for name, turn in turns.items() if (name, turn) not in done]
             # one stream each disturbs nobody: side by side
-            group = len(going) if plan.work.concurrency == 1 else 1
-            for start in range(0, len(going), group):
-                names = going[start : start + group]
-                done = await asyncio.gather(*[measure(who[name], plan.work) for name in names])
-                for name, each in zip(names, done, strict=True):
-                    table[plan.work.name, name].rounds.append(each)
+            group = len(ahead) if plan.work.concurrency == 1 else 1
+            for start in range(0, len(ahead), group):
+                now = ahead[start : start + group]
+                results = await asyncio.gather(*[measure(who[name], turn) for name, turn in now])
+                done.update(zip(now, results, strict=True))
+            for name, turn in turns.items():
+                table[plan.work.name, name].rounds.append(done[name, turn])
     return table

@@ -46,8 +46,7 @@ class Contender(Protocol):
 
     Attributes:
         roles: The processes whose CPU time counts.
-        slots: How many jobs it runs at a time; of a larger crowd the others wait for their turn,
-            and as one turn is like the next, a wave of so many stands for all.
+        slots: How many jobs it runs at a time; of a larger crowd the others wait for their turn.
     """
 
     roles: dict[str, list[int]]
@@ -58,11 +57,16 @@ class Contender(Protocol):
         ...
 
 
+def one_turn(contender: Contender, work: Work) -> Work:
+    """What a contender does at a time of a crowd that is larger than its slots."""
+    if work.concurrency <= contender.slots:
+        return work
+    each = work.jobs // work.concurrency
+    return replace(work, jobs=each * contender.slots, concurrency=contender.slots)
+
+
 async def measure(contender: Contender, work: Work) -> Round:
     """One round."""
-    if contender.slots < work.concurrency:
-        turns = work.jobs // work.concurrency
-        work = replace(work, jobs=turns * contender.slots)
     before = cpu_by_role(contender.roles)
     started = time.monotonic()
     delays_ms = await contender.go(work)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 from xml.etree import ElementTree
 
 import httpx2
@@ -16,10 +15,10 @@ import pytest
 from benchmarks import page
 from benchmarks.ceiling import provider
 from benchmarks.contenders.script import decode, encode
-from benchmarks.contenders.who import FLOOR, ON_SQLITE, SDK_LOOP, measure
+from benchmarks.contenders.who import FLOOR, ON_SQLITE, SDK_LOOP, one_turn
 from benchmarks.figures import Cell, Round, median, percentile
 from benchmarks.processes import ROOT, cpu_s, tree
-from benchmarks.streams import Effort, Plan, run
+from benchmarks.streams import Plan, _rounds, run
 from benchmarks.targets import TARGETS, Results
 from benchmarks.work import AT_ONCE, Pace, Work, pace_of, realistic, stamp, unhurried, unstamp
 
@@ -92,7 +91,7 @@ def provider_url() -> Iterator[str]:
 
 def test_one_tiny_round_for_real(provider_url: str) -> None:
     work = Work(Pace(5, first_ms=10, each_ms=1), 4, 2)
-    table = run([Plan(work, (FLOOR,))], Effort(rounds=1, cell_s=0), provider_url)
+    table = run([Plan(work, (FLOOR,))], 1, provider_url)
     (only,) = table[work.name, FLOOR].rounds
     assert (only.jobs, only.tokens) == (4, 20)
     assert len(only.delays_ms) == 4
@@ -146,15 +145,33 @@ def test_streams_that_gather_all_meet_and_end_together() -> None:
     assert max(work.pace_of(number).tokens for number in range(work.jobs)) <= work.pace.tokens
 
 
-async def test_of_a_crowd_a_small_pool_does_one_turn() -> None:
-    class Pool:
-        roles: ClassVar[dict[str, list[int]]] = {"worker": []}
-        slots = 16
+class Pool:
+    """Does nothing, and keeps what was asked of it."""
 
-        async def go(self, work: Work) -> list[float]:
-            return [0.0] * work.jobs
+    def __init__(self, slots: int) -> None:
+        self.roles: dict[str, list[int]] = {"worker": []}
+        self.slots = slots
+        self.asked: list[Work] = []
 
-    one_turn = await measure(Pool(), realistic(200))
-    assert (one_turn.jobs, one_turn.tokens) == (16, 16 * 128)
-    assert (await measure(Pool(), Work(Pace(1), 600, 200))).jobs == 48
-    assert (await measure(Pool(), realistic(1))).jobs == 1
+    async def go(self, work: Work) -> list[float]:
+        self.asked.append(work)
+        return [0.0] * work.jobs
+
+
+def test_of_a_crowd_a_small_pool_does_one_turn() -> None:
+    turn = one_turn(Pool(16), realistic(200))
+    assert (turn.jobs, turn.concurrency, turn.tokens) == (16, 16, 16 * 128)
+    assert turn == one_turn(Pool(16), realistic(1000))
+    assert one_turn(Pool(16), Work(Pace(1), 600, 200)).jobs == 48
+    assert one_turn(Pool(16), realistic(1)) == realistic(1)
+
+
+async def test_a_turn_is_done_once_a_round_and_stands_in_the_table_of_every_crowd() -> None:
+    small, large = Pool(16), Pool(1000)
+    works = [realistic(1), realistic(50), realistic(200)]
+    plans = tuple(Plan(work, ("small", "large")) for work in works)
+    table = await _rounds(plans, 2, {"small": small, "large": large})
+    assert [work.jobs for work in small.asked[1:]] == [1, 16] * 2  # after the warm-up
+    assert [work.jobs for work in large.asked[1:]] == [1, 50, 200] * 2
+    assert {len(cell.rounds) for cell in table.values()} == {2}
+    assert table[works[2].name, "small"].rounds == table[works[1].name, "small"].rounds
