@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 import structlog
@@ -78,6 +78,9 @@ return verdicts
 """
 VERDICTS = (b"ok", b"ended", b"behind", b"taken", b"fenced")
 APPEND_AT_ONCE = 100  # jobs in one call of the script, which keeps Redis from all else
+SEND_AT_ONCE = (
+    1 << 20
+)  # bytes of events in one round trip, give or take a stream's: they are copied
 
 # A running job's stream outlives any pause between two events; a finished one is in the database.
 LIVE_TTL_MS = 6 * 3_600_000
@@ -281,25 +284,37 @@ class Publisher:
             await asyncio.wait_for(self.flush(), FLUSH_PATIENCE_S)
 
     async def flush(self) -> None:
-        """Send all new events in one round trip.
+        """Send all new events, in one round trip unless they are large.
 
         Raises:
             RedisError: Redis did not answer; what was not confirmed is sent again.
         """
         async with self._flushing:
             batch, self.dirty = list(self.dirty), set()
+            refused: Exception | None = None
             try:
-                await self._send(batch)
+                while batch:
+                    batch, verdict = await self._send(batch)
+                    refused = refused or verdict
             except BaseException:
                 self.dirty.update(batch)
                 raise
+        if refused is not None:
+            raise refused
 
-    async def _send(self, batch: Iterable[Stream]) -> None:
+    async def _send(self, batch: list[Stream]) -> tuple[list[Stream], Exception | None]:
+        """Send what fits into one round trip.
+
+        Returns:
+            The streams that are left, and why Redis did not take one, if so.
+        """
         if not self._sha:
             self._sha = await self._redis.script_load(APPEND)
         sending: list[tuple[Stream, int]] = []
         calls: list[tuple[list[str], list[bytes]]] = []
-        for stream in batch:
+        left, size = batch.copy(), 0
+        while left and size < SEND_AT_ONCE:
+            stream = left.pop()
             if time.monotonic() > stream.valid_until:
                 stream.fenced = True
             said = b"" if stream.fenced else stream.unsent()
@@ -309,9 +324,10 @@ class Publisher:
                 keys, arguments = calls[-1]
                 keys += stream.keys
                 arguments.append(said)
+                size += len(said)
                 sending.append((stream, len(stream.log)))
         if not sending:
-            return
+            return left, None
         if faults.ARMED and any(stream.log[-1].type == events.END for stream, _ in sending):
             faults.hit("end.before")
         pipe = self._redis.pipeline(transaction=False)
@@ -327,16 +343,17 @@ class Publisher:
             if isinstance(verdict, NoScriptError):
                 self._sha = ""
                 self.dirty.add(stream)
-            elif isinstance(verdict, Exception):
-                refused = verdict  # raised once the others are settled: they were taken
-            elif verdict not in VERDICTS:
-                refused = ResponseError(verdict.decode(errors="replace"))
+            elif isinstance(verdict, Exception) or verdict not in VERDICTS:
+                # told once the others are settled: they were taken
+                self.dirty.add(stream)
+                if isinstance(verdict, bytes):
+                    verdict = ResponseError(verdict.decode(errors="replace"))
+                refused = verdict
             elif stream.settle(verdict, sent):
                 self.dirty.add(stream)
                 if verdict == b"taken" and stream.must_rebase:
                     stream.rebase(await read_log(self._redis, self.prefix, stream.job_id))
-        if refused is not None:
-            raise refused
+        return left, refused
 
 
 async def close_log(

@@ -7,6 +7,7 @@ job's 1.9 on the event loop. Nothing of it differs from one chat to the next but
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -70,6 +71,10 @@ class Endpoint:
         return self._client.is_closed()
 
 
+# Bytes read at once, at most; as the SDKs' transport. All that is there may be half a megabyte of
+# each stream, which a flood would have twice.
+CHUNK = 16 * 1024
+
 # The next bytes of a body, none at its end.
 Read = Callable[[], Awaitable[bytes]]
 
@@ -82,6 +87,6 @@ def reader(response: httpx2.Response) -> Read:
     """
     answer = getattr(getattr(response.stream, "_stream", None), "_aiohttp_response", None)
     if isinstance(answer, aiohttp.ClientResponse) and "content-encoding" not in response.headers:
-        return answer.content.readany
+        return partial(answer.content.read, CHUNK)
     chunks = response.aiter_bytes()
     return lambda: anext(chunks, b"")

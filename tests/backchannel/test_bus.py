@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from backchannel import events
+from backchannel import bus, events
 from backchannel.bus import (
     TOGETHER,
     Publisher,
@@ -369,9 +369,11 @@ async def _all(reader: Any) -> list[Event]:
 # ---------------------------------------------------------------- defects
 
 
+@pytest.mark.parametrize("at_once", [1, bus.SEND_AT_ONCE])  # a stream each, or all together
 async def test_one_stream_that_redis_refuses_does_not_hold_up_the_others(
-    publisher: Publisher, redis: Redis
+    publisher: Publisher, redis: Redis, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
+    monkeypatch.setattr(bus, "SEND_AT_ONCE", at_once)
     bad, *good = [await publisher.open(f"job_{number}", 1, 0) for number in range(9)]
     await redis.set(bad.keys.stream, "not a stream")
     for stream in (bad, *good):
@@ -389,7 +391,7 @@ async def test_a_defect_in_one_flush_does_not_end_the_flusher(
 ) -> None:
     stream = await publisher.open(JOB, 1, 0)
 
-    def broken() -> list[bytes]:
+    def broken() -> bytes:
         raise AssertionError("a defect")
 
     monkeypatch.setattr(stream, "unsent", broken, raising=False)

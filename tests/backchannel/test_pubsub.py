@@ -59,3 +59,10 @@ def test_commands_are_packed_in_c(url: str, monkeypatch: pytest.MonkeyPatch) -> 
     connection = connect(url).connection_pool.make_connection()
     assert connection.pack_command("EVALSHA", "sha", 1, b"key") == [b"as hiredis says"]
     assert packed == [(b"EVALSHA", "sha", 1, b"key")]
+
+
+def test_what_is_large_is_not_copied() -> None:
+    connection = connect("redis://127.0.0.1:1/0").connection_pool.make_connection()
+    large = bytes(10_000)
+    packed = connection.pack_command("EVALSHA", "sha", 1, large)
+    assert any(piece is large for piece in packed)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -12,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from workers.clients import _anthropic, _http, _openai
-from workers.endpoint import Endpoint, Read, reader
+from workers.endpoint import CHUNK, Endpoint, Read, reader
 
 BODY = b'data: {"choices":[]}\n\n' * 40
 KINDS = ("openai-compatible", "anthropic")
@@ -21,7 +23,8 @@ KINDS = ("openai-compatible", "anthropic")
 async def _answer(request: web.Request) -> web.StreamResponse:
     asked = await request.json()
     headers = {"Content-Type": "text/event-stream"}
-    body = gzip.compress(BODY) if asked["packed"] else BODY
+    body = BODY * asked.get("times", 1)
+    body = gzip.compress(body) if asked["packed"] else body
     if asked["packed"]:
         headers["Content-Encoding"] = "gzip"
     response = web.StreamResponse(headers=headers)
@@ -35,11 +38,13 @@ async def _answer(request: web.Request) -> web.StreamResponse:
     return response
 
 
+async def _pieces(read: Read) -> AsyncIterator[bytes]:
+    while piece := await read():
+        yield piece
+
+
 async def _whole(read: Read) -> bytes:
-    heard = b""
-    while chunk := await read():
-        heard += chunk
-    return heard
+    return b"".join([piece async for piece in _pieces(read)])
 
 
 @pytest.fixture
@@ -69,8 +74,21 @@ async def test_a_plain_body_is_read_past_the_layers_of_the_sdks_transport(
     async with aclosing(await endpoint.post({"packed": False, "cut": False})) as response:
         read = reader(response)
         # the SDK keeps this stream to itself; where it moves it to, this must follow
-        assert isinstance(getattr(read, "__self__", None), aiohttp.StreamReader)
+        assert isinstance(read, partial)
+        assert isinstance(read.func.__self__, aiohttp.StreamReader)  # type: ignore[attr-defined]
         assert await _whole(read) == BODY
+
+
+async def test_a_body_is_read_in_small_pieces_however_much_of_it_is_there(
+    endpoint: Endpoint,
+) -> None:
+    long = {"packed": False, "cut": False, "times": 1000}
+    async with aclosing(await endpoint.post(long)) as response:
+        read = reader(response)
+        await asyncio.sleep(0.2)  # all that fits has come
+        pieces = [len(piece) async for piece in _pieces(read)]
+    assert sum(pieces) == len(BODY) * 1000
+    assert max(pieces) <= CHUNK
 
 
 async def test_a_packed_body_is_unpacked(endpoint: Endpoint) -> None:
