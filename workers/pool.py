@@ -36,7 +36,7 @@ class _Flight(NamedTuple):
     """One task in flight: what Celery wants called, and when it started.
 
     Without its future, which keeps its callbacks, and they this: 50 objects of each job would be
-    left to the search for garbage cycles, which stopped a worker for a third of a second.
+    left to the search for garbage cycles, during which everything stands still.
     """
 
     target: Callable[..., Any]
